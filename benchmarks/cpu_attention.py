@@ -1,0 +1,113 @@
+"""Forward and backward of the cpu backend beside torch's SDPA and the reference, in one run.
+
+python -m benchmarks.cpu_attention [--threads 2] [--repeats 5] [--case train]
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan.kernels.attention import attention
+from longspan.kernels.mask import Causal, Documents, Full, Mask, Window, lower, visible
+from longspan.kernels.span import Span
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    mask: Mask
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype = torch.float32
+
+
+def cases() -> list[Case]:
+    packed = Documents(tuple(range(0, 2048, 600)), Causal())
+    train = [
+        Case(f"train {name} {heads}x{dim}", mask, 2048, heads, dim)
+        for heads, dim in ((4, 16), (2, 32))
+        for name, mask in (
+            ("causal", Causal()),
+            ("full", Full()),
+            ("packed", packed),
+            ("window", Window(512)),
+        )
+    ]
+    return [
+        *train,
+        Case("causal 8x64", Causal(), 4096, 8, 64),
+        Case("causal 8x64 bf16", Causal(), 4096, 8, 64, torch.bfloat16),
+        Case("window 8x64", Window(1024), 4096, 8, 64),
+    ]
+
+
+def runners(case: Case) -> dict[str, Callable[[], Tensor]]:
+    """Forward passes, by name, over the same leaves."""
+    shape = 1, case.tokens, case.heads, case.head_dim
+    q, k, v = (torch.randn(shape, dtype=case.dtype, requires_grad=True) for _ in range(3))
+    at = (Span(0, case.tokens),)
+    plain = isinstance(case.mask, Full | Causal)
+    seen = None
+    if not plain:
+        seen = visible(lower(case.mask, at, at, case.heads, q.device))[0, 0]
+
+    def ours() -> Tensor:
+        return attention(q, k, v, case.mask, at, at, backend="cpu")[0]
+
+    def sdpa() -> Tensor:
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        causal = isinstance(case.mask, Causal)
+        return F.scaled_dot_product_attention(*heads_first, attn_mask=seen, is_causal=causal)
+
+    def reference() -> Tensor:
+        return attention(q, k, v, case.mask, at, at, backend="reference")[0]
+
+    return {"cpu": ours, "sdpa": sdpa, "reference": reference}
+
+
+def measure(run: Callable[[], Tensor], repeats: int) -> tuple[float, float]:
+    """Least forward and least backward time in ms; the first pass only warms up."""
+    best = math.inf, math.inf
+    for i in range(repeats + 1):
+        start = time.perf_counter()
+        out = run()
+        middle = time.perf_counter()
+        out.backward(torch.ones_like(out))
+        stop = time.perf_counter()
+        if i:
+            best = min(best[0], 1e3 * (middle - start)), min(best[1], 1e3 * (stop - middle))
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="of which the fastest counts; the reference gets one"
+    )
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    print(f"{'case':<22}{'forward ms':>11}{'backward ms':>12}{'/sdpa':>8}{'/reference':>11}")
+    for case in cases():
+        if args.case not in case.name:
+            continue
+        times = {
+            name: measure(run, 1 if name == "reference" else args.repeats)
+            for name, run in runners(case).items()
+        }
+        forward, backward = times["cpu"]
+        sdpa, reference = (sum(times[x]) / (forward + backward) for x in ("sdpa", "reference"))
+        print(f"{case.name:<22}{forward:>11.1f}{backward:>12.1f}{sdpa:>8.2f}{reference:>11.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

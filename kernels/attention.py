@@ -1,0 +1,186 @@
+"""The door to the kernels: attention over local tokens, its raw halves for rings, merge, and the choice of backend."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import cpu, flash_backward, flash_forward, reference
+from .mask import Lowered, Mask, Unsupported, lower
+from .options import AttentionOptions
+from .span import Spans, total
+
+Backend = Literal["auto", "reference", "cpu", "triton"]
+DEFAULT = AttentionOptions()
+
+
+def chosen(q: Tensor, options: AttentionOptions = DEFAULT, backend: Backend = "auto") -> str:
+    """The backend that will run: 'triton' on CUDA, 'cpu' on the CPU, 'reference' where those cannot, or the forced one."""
+    if backend not in ("auto", "reference", "cpu", "triton"):
+        raise ValueError(f"backend is {backend!r}; allowed: auto, reference, cpu, triton")
+    if backend != "auto":
+        return backend
+    if q.device.type == "cuda":
+        return "triton" if flash_forward.supports(q) else "reference"
+    return "cpu" if cpu.supports(q, options) else "reference"
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, at_q: Spans, at_k: Spans, *,
+    options: AttentionOptions = DEFAULT, backend: Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Partial result over these keys: out [B, Nq, Hq, D], lse [B, Hq, Nq] (None for sigmoid), float32 (float64 for float64).
+
+    Not differentiable; a row without a visible key is out = 0, lse = -inf.
+    """
+    check(q, k, v, at_q, at_k)
+    if not total(at_q) or not total(at_k):
+        return nothing(q, options)
+    low = lower(mask, at_q, at_k, k.shape[2], q.device)
+    _check_batch(low, q)
+    name = chosen(q, options, backend)
+    if name == "reference":
+        return reference.forward(q, k, v, low, options)
+    module = cpu if name == "cpu" else flash_forward
+    return module.forward(q, k, v, mask, low, at_q, at_k, options)
+
+
+def backward(
+    dout: Tensor, delta: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None,
+    mask: Mask, at_q: Spans, at_k: Spans, *, options: AttentionOptions = DEFAULT, backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv over these keys, float32 (float64 for float64); `lse` and `delta` are those of the *whole* row.
+
+    delta = rowsum(dout * out) - dlse, [B, Hq, Nq]; both None for sigmoid. Gradients over disjoint keys sum to the whole.
+    """
+    check(q, k, v, at_q, at_k)
+    if not total(at_q) or not total(at_k):
+        dtype = partial_dtype(q)
+        return tuple(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))  # type: ignore[return-value]
+    low = lower(mask, at_q, at_k, k.shape[2], q.device)
+    _check_batch(low, q)
+    name = chosen(q, options, backend)
+    if name == "reference":
+        return reference.backward(dout, delta, q, k, v, lse, low, options)
+    module = cpu if name == "cpu" else flash_backward
+    return module.backward(dout, delta, q, k, v, lse, mask, low, at_q, at_k, options)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, at: tuple[Spans, Spans], options: AttentionOptions,
+        backend: Backend,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        out, lse = forward(q, k, v, mask, *at, options=options, backend=backend)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rest = mask, at, options, backend
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, out, lse = ctx.saved_tensors
+        mask, at, options, backend = ctx.rest
+        delta = row_delta(dout, out, lse, dlse)
+        grads = backward(dout, delta, q, k, v, lse, mask, *at, options=options, backend=backend)
+        return *(g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None, None, None, None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, at_q: Spans, at_k: Spans, *,
+    options: AttentionOptions = DEFAULT, backend: Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Attention of local queries over local keys: the partial (out, lse) of `forward`, both differentiable.
+
+    q [B, Nq, Hq, D], k, v [B, Nk, Hkv, D], Hq a multiple of Hkv; at_q, at_k: where the tokens sit. `out` stays float32
+    for half-precision inputs, so that partials can be merged before the one cast. Raises ValueError on shapes that do not fit.
+    """
+    result: tuple[Tensor, Tensor | None] = _Attention.apply(q, k, v, mask, (at_q, at_k), options, backend)
+    return result
+
+
+def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint key sets: out [B, T, H, D] and lse [B, H, T] (broadcastable) of each.
+
+    lse = -inf (or a foreign kernel's +inf) means no visible key. Differentiable; dead rows make no NaN in values or gradients.
+    """
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    dead_a, dead_b = lse_a.isinf(), lse_b.isinf()
+    low = torch.full_like(lse_a, float("-inf"))
+    top = torch.maximum(torch.where(dead_a, low, lse_a), torch.where(dead_b, low, lse_b)).detach()
+    both = top.isinf()
+    top = top.masked_fill(both, 0.0)
+    # the infinities are replaced *before* exp and log: a where() afterwards would still multiply them into the gradient
+    exp_a = torch.where(dead_a, 0.0, (torch.where(dead_a, top, lse_a) - top).exp())
+    exp_b = torch.where(dead_b, 0.0, (torch.where(dead_b, top, lse_b) - top).exp())
+    whole = torch.where(both, 1.0, exp_a + exp_b)
+    lse = torch.where(both, float("-inf"), top + whole.log())
+    weight_a, weight_b = ((x / whole).transpose(1, 2)[..., None] for x in (exp_a, exp_b))
+    return weight_a * out_a + weight_b * out_b, lse
+
+
+def combine(a: tuple[Tensor, Tensor | None], b: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """`merge`, or the plain sum where there is no lse (sigmoid)."""
+    if a[1] is None or b[1] is None:
+        return a[0] + b[0], None
+    return merge((a[0], a[1]), (b[0], b[1]))
+
+
+def nothing(q: Tensor, options: AttentionOptions = DEFAULT) -> tuple[Tensor, Tensor | None]:
+    """The result over no keys: out = 0, lse = -inf (None for sigmoid)."""
+    dtype = partial_dtype(q)
+    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    if options.normalizer == "sigmoid":
+        return out, None
+    return out, torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=dtype, device=q.device)
+
+
+def row_delta(dout: Tensor, out: Tensor, lse: Tensor | None, dlse: Tensor | None) -> Tensor | None:
+    """rowsum(dout * out) - dlse, [B, H, T], partial dtype; the dlse of a row without keys counts as 0. None for sigmoid."""
+    if lse is None:
+        return None
+    delta = (dout.to(out.dtype) * out).sum(-1).transpose(1, 2)
+    if dlse is not None:
+        delta = delta - dlse.masked_fill(lse.isinf(), 0.0)
+    return delta.contiguous()
+
+
+def partial_dtype(q: Tensor) -> torch.dtype:
+    """float32, or float64 for float64 inputs."""
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, at_q: Spans, at_k: Spans) -> None:
+    """Refuse shapes, dtypes and spans that do not fit each other."""
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(
+            f"q, k, v must be [batch, tokens, heads, head_dim] and k like v: {[*map(tuple, (q.shape, k.shape, v.shape))]}"
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head_dim")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
+    if q.dtype != k.dtype or q.dtype != v.dtype or not q.dtype.is_floating_point:
+        raise ValueError(f"q, k, v must share a floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    for name, x, at in (("at_q", q, at_q), ("at_k", k, at_k)):
+        if total(at) != x.shape[1]:
+            raise ValueError(f"{name} places {total(at)} tokens, but the tensor holds {x.shape[1]}")
+
+
+def _check_batch(low: Lowered, q: Tensor) -> None:
+    rows = low.tables_q.shape[1]
+    if rows not in (1, q.shape[0]):
+        raise ValueError(f"the mask has documents for {rows} rows, but the batch has {q.shape[0]}")
+
+
+__all__ = [
+    "AttentionOptions",
+    "Unsupported",
+    "attention",
+    "backward",
+    "chosen",
+    "combine",
+    "forward",
+    "merge",
+    "nothing",
+]

@@ -1,0 +1,289 @@
+"""Attention forward in Triton over tile lists: softmax or sigmoid, any mask, any head dim up to 256."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .mask import Lowered, Mask, Unsupported
+from .options import AttentionOptions
+from .predicate import constant, operands, visible
+from .span import Spans
+from .tile import Tiles, tiles
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIM = 256
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
+
+
+class Block(NamedTuple):
+    """Tile size in tokens, and how a kernel runs on it."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Config(NamedTuple):
+    forward: Block
+    dq: Block
+    dkdv: Block
+
+
+class Sizes(NamedTuple):
+    """Kernel argument: what a program needs to find its place."""
+
+    batch: int
+    heads: int  # query heads
+    kv_heads: int
+    queries: int
+    keys: int
+
+
+class Scores(NamedTuple):
+    """Kernel argument: s = q k^T * scale, in units of log 2; with a cap, cap * tanh(q k^T * scale), cap in units of log 2."""
+
+    scale: float
+    cap: float
+    bias: float
+
+
+def config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
+    """Tiles, warps and pipeline stages of the three kernels. docs/kernels.md has the registers and spills they lead to."""
+    if dtype == torch.float32:
+        return Config(Block(64, 32, 4, 1), Block(64, 32, 4, 1), Block(32, 64, 4, 1))
+    if head_dim > 128:
+        return Config(Block(64, 64, 8, 2), Block(64, 32, 8, 2), Block(32, 64, 8, 2))
+    if head_dim > 64:
+        return Config(Block(128, 128, 8, 2), Block(128, 64, 8, 2), Block(64, 128, 8, 2))
+    return Config(Block(128, 128, 4, 2), Block(128, 64, 4, 2), Block(64, 128, 4, 2))
+
+
+def supports(q: Tensor) -> bool:
+    """Whether the Triton kernels take this tensor: where it lives, its dtype and its head_dim."""
+    return _refusal(q) is None
+
+
+def require(q: Tensor) -> None:
+    """Raise Unsupported, naming what is wrong with `q`."""
+    reason = _refusal(q)
+    if reason:
+        raise Unsupported(f"backend='triton': {reason}")
+
+
+def _refusal(q: Tensor) -> str | None:
+    if q.dtype not in DTYPES:
+        return f"q is {q.dtype}; it takes float32, bfloat16, float16 (float64: backend='reference')"
+    if q.shape[-1] > HEAD_DIM:
+        return f"q has head_dim {q.shape[-1]}; it takes up to {HEAD_DIM}"
+    if q.device.type != "cuda" and isinstance(attention_forward_kernel, triton.runtime.JITFunction):
+        return f"q is on {q.device}; it needs cuda (backend='cpu' runs there)"
+    return None
+
+
+def capability(q: Tensor) -> tuple[int, int]:
+    """Of the device that holds q; the interpreter counts as an H100."""
+    return torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (9, 0)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, low: Lowered, at_q: Spans, at_k: Spans, options: AttentionOptions,
+    block: Block | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """q [B, Nq, Hq, D], k, v [B, Nk, Hkv, D] -> out [B, Nq, Hq, D], lse [B, Hq, Nq] (None for sigmoid), both float32."""
+    require(q)
+    block = block or config(q.shape[3], q.dtype, capability(q)).forward
+    size = (block.queries, block.keys)
+    lists = tiles(mask, at_q, at_k, k.shape[2], size=size, transpose=False, device=q.device)
+    return launch(q, k, v, low, lists, options, block)
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, low: Lowered, lists: Tiles, options: AttentionOptions, block: Block
+) -> tuple[Tensor, Tensor | None]:
+    """`forward` over given lists of tiles of (block.queries, block.keys), for masks that are only known at run time.
+
+    A listed tile is computed with `low`'s predicate if it is partial and without if it is full; others are not visible.
+    """
+    q, scores = scored(q, options)
+    q, k, v = rows(q), rows(k), rows(v)
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    softmax = options.normalizer == "softmax"
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device) if softmax else None
+    sizes = Sizes(q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1])
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    attention_forward_kernel[(sizes.batch * sizes.heads * lists.rows,)](
+        q, k, v, out, lse, strides, lists, operands(low), sizes, scores, **constants(q, low, options, block)
+    )  # fmt: skip
+    return out, lse
+
+
+def constants(q: Tensor, low: Lowered, options: AttentionOptions, block: Block) -> dict[str, Any]:
+    """The compile-time arguments that all three kernels share."""
+    return {
+        "TREE": constant(low.tree),
+        "D": q.shape[3],
+        "WIDTH": max(16, triton.next_power_of_2(q.shape[3])),
+        "BM": block.queries,
+        "BN": block.keys,
+        "SIGMOID": options.normalizer == "sigmoid",
+        "CAP": options.softcap > 0,
+        # three tensor-core products per float32 product: TF32 alone would leave three digits
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+        "num_warps": block.warps,
+        "num_stages": block.stages,
+    }
+
+
+def scored(q: Tensor, options: AttentionOptions) -> tuple[Tensor, Scores]:
+    """q and the score factors, with a scale that is not negative: the kernels take the maximum before they scale."""
+    scale, log2e = options.scaling(q.shape[3]), LOG2E.value
+    if scale < 0:
+        q, scale = -q, -scale
+    if options.softcap:
+        return q, Scores(scale / options.softcap, options.softcap * log2e, options.bias * log2e)
+    return q, Scores(scale * log2e, 1.0, options.bias * log2e)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x, copied only if its rows are not dense or lie so far apart that offsets within a tile would leave int32."""
+    return x if x.stride(3) == 1 and x.stride(1) < 2**23 else x.contiguous()
+
+
+@triton.jit
+def place(lists, batch, heads):  # type: ignore[no-untyped-def]
+    """This program's list row, its tile, batch row and head: longest lists first, then heads that share a list."""
+    together = heads // lists.heads
+    each = together * (batch // lists.batch)
+    program = tl.program_id(0)
+    row = tl.load(lists.order + program // each)
+    group, tile = row // lists.rows, row % lists.rows
+    head = group % lists.heads * together + program % together
+    return row, tile, group // lists.heads + program % each // together, head
+
+
+@triton.jit
+def borders(lists, row, short):  # type: ignore[no-untyped-def]
+    """Where the full tiles of a row start and end in the list, and where its partial ones end.
+
+    `short` is the column that the end of the sequence cuts, if any. If it is full it comes last, and counts as partial.
+    """
+    first = tl.load(lists.start + row)
+    middle = first + tl.load(lists.full + row)
+    cut = tl.load(lists.index + middle - 1, mask=middle > first, other=-1) == short
+    return first, middle - cut.to(tl.int32), tl.load(lists.start + row + 1)
+
+
+@triton.jit
+def load_tile(base, start, stride, limit, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows start to start + ROWS of a [limit, D] matrix, [ROWS, WIDTH], zero beyond D; beyond `limit` too if CHECK."""
+    i, d = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
+    at = base + start.to(tl.int64) * stride + (i * stride + d)
+    if CHECK and D < WIDTH:
+        return tl.load(at, mask=(start + i < limit) & (d < D), other=0.0)
+    elif CHECK:
+        return tl.load(at, mask=start + i < limit, other=0.0)
+    elif D < WIDTH:
+        return tl.load(at, mask=d < D, other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def store_tile(base, start, stride, limit, x, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store x [ROWS, WIDTH] into rows start to start + ROWS of a [limit, D] matrix."""
+    i, d = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
+    tl.store(base + start.to(tl.int64) * stride + (i * stride + d), x, mask=(start + i < limit) & (d < D))
+
+
+@triton.jit
+def tanh(x):  # type: ignore[no-untyped-def]
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+
+
+@triton.jit
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    """1 / (1 + 2^-x)."""
+    return 1.0 / (1.0 + tl.exp2(-x))
+
+
+@triton.jit
+def attention_forward_kernel(  # type: ignore[no-untyped-def]
+    Q, K, V, OUT, LSE, strides, lists, mask, sizes, scores,
+    TREE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SIGMOID: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row, tile, b, h = place(lists, sizes.batch, sizes.heads)
+    kv = h // (sizes.heads // sizes.kv_heads)
+    b64, h64, kv64 = b.to(tl.int64), h.to(tl.int64), kv.to(tl.int64)
+    start = tile * BM
+    q = load_tile(Q + b64 * strides[0] + h64 * strides[2], start, strides[1], sizes.queries, BM, D, WIDTH, True)
+    keys = K + b64 * strides[3] + kv64 * strides[5]
+    values = V + b64 * strides[6] + kv64 * strides[8]
+    state = (tl.zeros([BM, WIDTH], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32))
+    first, middle, last = borders(lists, row, sizes.keys // BN)
+    at = (b % mask.rows, kv, start)
+    state = _sweep(
+        state, q, keys, values, strides[4], strides[7], lists.index, first, middle, at, mask, sizes, scores,
+        False, TREE, D, WIDTH, BM, BN, SIGMOID, CAP, PRECISION,
+    )  # fmt: skip
+    acc, top, norm = _sweep(
+        state, q, keys, values, strides[4], strides[7], lists.index, middle, last, at, mask, sizes, scores,
+        True, TREE, D, WIDTH, BM, BN, SIGMOID, CAP, PRECISION,
+    )  # fmt: skip
+    if not SIGMOID:
+        dead = norm == 0.0
+        norm = tl.where(dead, 1.0, norm)
+        acc = acc / norm[:, None]
+        lse = tl.where(dead, float("-inf"), (top + tl.log2(norm)) * LN2)
+        m = start + tl.arange(0, BM)
+        tl.store(LSE + (b64 * sizes.heads + h) * sizes.queries + m, lse, mask=m < sizes.queries)
+    out = OUT + (b64 * sizes.queries * sizes.heads + h) * D
+    store_tile(out, start, sizes.heads * D, sizes.queries, acc, BM, D, WIDTH)
+
+
+@triton.jit
+def _sweep(  # type: ignore[no-untyped-def]
+    state, q, K, V, stride_k, stride_v, index, first, last, at, mask, sizes, scores,
+    PARTIAL: tl.constexpr, TREE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SIGMOID: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the key tiles index[first:last] to (acc, running maximum, running sum); no mask code unless PARTIAL."""
+    acc, top, norm = state
+    # the next column is fetched a step ahead, so that the loads of keys do not wait for it
+    column = tl.load(index + first, mask=first < last, other=0)
+    for i in range(first, last):
+        start = column * BN
+        column = tl.load(index + tl.minimum(i + 1, last - 1))
+        k = load_tile(K, start, stride_k, sizes.keys, BN, D, WIDTH, PARTIAL)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if CAP:
+            s = tanh(s * scores.scale)
+            factor = scores.cap
+        else:
+            factor = scores.scale
+        if PARTIAL:
+            m, n = at[2] + tl.arange(0, BM)[:, None], start + tl.arange(0, BN)[None, :]
+            seen = visible(TREE, mask, at[0], at[1], m, n, sizes.queries, sizes.keys)
+            s = tl.where(seen, s * factor, float("-inf"))
+            factor = 1.0
+        if SIGMOID:
+            p = sigmoid(s * factor + scores.bias)
+        else:
+            new = tl.maximum(top, tl.max(s, 1) * factor)
+            shift = new
+            if PARTIAL:
+                shift = tl.where(new == float("-inf"), 0.0, new)
+            p = tl.exp2(s * factor - shift[:, None])
+            fade = tl.exp2(top - shift)
+            norm = norm * fade + tl.sum(p, 1)
+            acc = acc * fade[:, None]
+            top = new
+        v = load_tile(V, start, stride_v, sizes.keys, BN, D, WIDTH, PARTIAL)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, top, norm

@@ -1,0 +1,117 @@
+"""Linear layer and cross entropy in one: the loss of [N, D] activations without ever holding [N, V] logits."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class _Terms(NamedTuple):
+    chunk: int
+    ignore_index: int
+    z_loss: float
+    grad: bool  # whether autograd records: else the gradients are not computed
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, *,
+    denominator: Tensor | float, chunk: int = 4096, ignore_index: int = -100, z_loss: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Sum over valid tokens of (cross entropy + z_loss * lse^2), over `denominator`: a float32 scalar (float64 for float64).
+
+    x [N, D], weight [V, D], labels int64 [N]; a token is valid unless its label is `ignore_index`. denominator: the
+    *global* number of valid tokens, so that the losses of all ranks add up to the mean; 0 counts as 1. chunk: tokens whose
+    logits are held at once. Both gradients are made in the forward pass, that of `weight` summed in float32. Under autocast
+    the matmuls run in its dtype, the softmax in float32. z-loss: PaLM (Chowdhery et al. 2022), section 5.
+    """
+    _check(x, weight, labels, chunk, ignore_index)
+    terms = _Terms(chunk, ignore_index, z_loss, torch.is_grad_enabled())
+    whole: Tensor = _LinearCrossEntropy.apply(x, weight, labels, terms)
+    share = torch.as_tensor(denominator, dtype=whole.dtype, device=whole.device)
+    return whole / share.masked_fill(share == 0, 1.0)
+
+
+@torch.no_grad()
+def token_losses(
+    x: Tensor, weight: Tensor, labels: Tensor, *, chunk: int = 4096, ignore_index: int = -100
+) -> Tensor:
+    """Cross entropy of each token, 0 where ignored: float32 [N] (float64 for float64), not differentiable."""
+    _check(x, weight, labels, chunk, ignore_index)
+    losses = torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    for at in _chunks(len(x), chunk):
+        logits, valid, label = _logits(x[at], weight, labels[at], ignore_index)
+        losses[at] = (logits.logsumexp(-1) - logits.gather(1, label)[:, 0]).masked_fill(~valid, 0.0)
+    return losses
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, terms: _Terms) -> Tensor:
+        wants_x, wants_weight = (terms.grad and wanted for wanted in ctx.needs_input_grad[:2])
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        dx = torch.empty_like(x) if wants_x else None
+        dw = torch.zeros(weight.shape, dtype=dtype, device=x.device) if wants_weight else None
+        whole = torch.zeros((), dtype=dtype, device=x.device)
+        for at in _chunks(len(x), terms.chunk):
+            logits, valid, label = _logits(x[at], weight, labels[at], terms.ignore_index)
+            lse = logits.logsumexp(-1)
+            loss = lse - logits.gather(1, label)[:, 0] + terms.z_loss * lse**2
+            whole += loss.masked_fill(~valid, 0.0).sum()
+            if dx is None and dw is None:
+                continue
+            slope = _slope(logits, lse, valid, label, terms.z_loss).to(x.dtype)
+            if dx is not None:
+                dx[at] = slope @ weight
+            if dw is not None:
+                dw += slope.mT @ x[at]
+        ctx.save_for_backward(dx, dw)
+        ctx.weight_dtype = weight.dtype
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw = ctx.saved_tensors
+        dx = None if dx is None else (dx * grad).to(dx.dtype)
+        dw = None if dw is None else (dw * grad).to(ctx.weight_dtype)
+        return dx, dw, None, None
+
+
+def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
+    return (slice(i, i + chunk) for i in range(0, tokens, chunk))
+
+
+def _logits(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits in the partial dtype [n, V], which tokens are valid [n], and labels that can be gathered with [n, 1]."""
+    logits = x @ weight.mT
+    valid = labels != ignore_index
+    return logits.to(torch.promote_types(x.dtype, torch.float32)), valid, labels.where(valid, 0)[:, None]
+
+
+def _slope(logits: Tensor, lse: Tensor, valid: Tensor, label: Tensor, z_loss: float) -> Tensor:
+    """Gradient of the summed loss with respect to the logits, whose memory it takes."""
+    slope = logits.sub_(lse[:, None]).exp_()
+    if z_loss:
+        slope.mul_(1 + 2 * z_loss * lse[:, None])
+    slope.scatter_add_(1, label, torch.full_like(label, -1, dtype=slope.dtype))
+    return slope.masked_fill_(~valid[:, None], 0.0)
+
+
+def _check(x: Tensor, weight: Tensor, labels: Tensor, chunk: int, ignore_index: int) -> None:
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or labels.shape != x.shape[:1]:
+        shapes = [tuple(t.shape) for t in (x, weight, labels)]
+        raise ValueError(f"x [N, D], weight [V, D] and labels [N] do not fit each other: {shapes}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype}; they must be torch.int64")
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; it must be at least 1 token")
+    # not on a GPU, where looking at the values would wait for it
+    if labels.device.type == "cpu" and labels.numel():
+        used = labels[labels != ignore_index]
+        bad = used[(used < 0) | (used >= len(weight))]
+        if bad.numel():
+            raise ValueError(
+                f"label {int(bad[0])} is neither a row of weight (0 to {len(weight) - 1}) nor {ignore_index}"
+            )

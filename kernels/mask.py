@@ -1,0 +1,412 @@
+"""Which keys a query may see: frozen values over global positions and kv heads, combined with `&` and `|`.
+
+A mask is said three times, each for another reader, and the tests hold the three together:
+its *predicate* (one `triton.jit` function made of operators only, which the reference evaluates on torch tensors and the
+kernels inline), its *parameters* (run-time numbers, so that no kernel is recompiled when one changes) and its
+*classification* of a tile from the bounds of the positions in it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .span import Spans, positions
+
+UNLIMITED = 2**30  # positions are below this, so that sums of two of them fit int32
+
+Tree = tuple[
+    Any, ...
+]  # ("leaf", jit, first parameter, parameters) | ("and" | "or", Tree, Tree) | ("documents", table, Tree)
+
+
+class Unsupported(ValueError):
+    """A valid request that this setting cannot serve; the message names the nearest one that can."""
+
+
+class Range(NamedTuple):
+    """Least and greatest position in each tile, both inclusive: int64, broadcastable over [batch, head, q tile, k tile]."""
+
+    low: Tensor
+    high: Tensor
+
+
+@dataclass
+class Frame:
+    """What lowering a mask collects: positions of the held tokens, int64 [1 or batch, tokens], and what it found."""
+
+    q: Tensor
+    k: Tensor
+    of: int
+    numbers: list[int] = field(default_factory=list)
+    tables: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+class Mask(ABC):
+    """Base of all masks. Predicates see global positions q, k and the global kv head h of `of` kv heads."""
+
+    shift_invariant: ClassVar[bool] = (
+        False  # whether only k - q matters: then a document's inner mask needs no restart
+    )
+    per_head: bool = False
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return _compose(And, self, other)
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return _compose(Or, self, other)
+
+    def heads(self, kv_indices: Sequence[int], of: int) -> "Mask":
+        """The same mask for a tensor whose kv head i is the global kv head `kv_indices[i]` of `of`; repeats allowed."""
+        return Bound(self, tuple(kv_indices), of)
+
+    def batch(self) -> int:
+        """Rows that the mask tells apart: 1 if it is the same for every row of a batch."""
+        return 1
+
+    @abstractmethod
+    def lower(self, frame: Frame) -> Tree:
+        """The predicate tree; appends parameters and per-token tables to `frame`."""
+
+    @abstractmethod
+    def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
+        """(some, every), bool: `some` false means surely empty, `every` true means surely full. head: int64 [1, H, 1, 1]."""
+
+
+@dataclass(frozen=True)
+class Leaf(Mask):
+    predicate: ClassVar[Any]
+
+    def parameters(self, of: int) -> tuple[int, ...]:
+        return ()
+
+    def lower(self, frame: Frame) -> Tree:
+        numbers = self.parameters(frame.of)
+        frame.numbers.extend(numbers)
+        return ("leaf", type(self).predicate, len(frame.numbers) - len(numbers), len(numbers))
+
+
+@triton.jit
+def full_predicate(q, k, h):  # type: ignore[no-untyped-def]
+    return (k <= q) | (k > q)
+
+
+@dataclass(frozen=True)
+class Full(Leaf):
+    """Every key."""
+
+    predicate: ClassVar[Any] = full_predicate
+    shift_invariant: ClassVar[bool] = True
+
+    def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
+        yes = (q.low <= q.high) & (k.low <= k.high)
+        return yes, yes
+
+
+@triton.jit
+def causal_predicate(q, k, h):  # type: ignore[no-untyped-def]
+    return k <= q
+
+
+@dataclass(frozen=True)
+class Causal(Leaf):
+    """k <= q."""
+
+    predicate: ClassVar[Any] = causal_predicate
+    shift_invariant: ClassVar[bool] = True
+
+    def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
+        return k.low <= q.high, k.high <= q.low
+
+
+@triton.jit
+def window_predicate(q, k, h, left, right):  # type: ignore[no-untyped-def]
+    return (k >= q - left) & (k <= q + right)
+
+
+@dataclass(frozen=True)
+class Window(Leaf):
+    """q - left <= k <= q + right; None is unlimited on that side."""
+
+    left: int | None
+    right: int | None = 0
+    predicate: ClassVar[Any] = window_predicate
+    shift_invariant: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("left", "right"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < UNLIMITED:
+                raise ValueError(f"Window.{name} is {value}; it must be None or from 0 to {UNLIMITED - 1}")
+
+    def parameters(self, of: int) -> tuple[int, ...]:
+        return tuple(UNLIMITED if x is None else x for x in (self.left, self.right))
+
+    def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
+        left, right = self.parameters(of)
+        some = (k.high >= q.low - left) & (k.low <= q.high + right)
+        every = (k.low >= q.high - left) & (k.high <= q.low + right)
+        return some, every
+
+
+@triton.jit
+def first_predicate(q, k, h, n):  # type: ignore[no-untyped-def]
+    return k < n
+
+
+@dataclass(frozen=True)
+class First(Leaf):
+    """k < n: attention sinks, prefixes. Within `Documents`, the first n of each document."""
+
+    n: int
+    predicate: ClassVar[Any] = first_predicate
+
+    def __post_init__(self) -> None:
+        if self.n < 0:
+            raise ValueError(f"First.n is {self.n}; it must be at least 0")
+
+    def parameters(self, of: int) -> tuple[int, ...]:
+        return (min(self.n, UNLIMITED),)
+
+    def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
+        anything = q.low <= q.high
+        return (k.low < self.n) & anything, (k.high < self.n) & anything
+
+
+Offsets = tuple[int, ...] | tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Documents(Mask):
+    """q and k in the same document, and `inner` (None: no more condition) holds at their positions *within* it.
+
+    offsets: the sorted starts of the documents, the first 0; `[n]` for all rows of the batch or `[batch, n]` padded at the
+    end with the length. A tensor or nested lists are taken too and kept as tuples.
+    """
+
+    offsets: Offsets
+    inner: Mask | None = None
+
+    def __post_init__(self) -> None:
+        raw = self.offsets.tolist() if isinstance(self.offsets, Tensor) else self.offsets
+        nested = len(raw) > 0 and not isinstance(raw[0], int)
+        rows = [tuple(int(x) for x in row) for row in (raw if nested else [raw])]
+        for row in rows:
+            if not row or row[0] != 0 or any(a > b for a, b in zip(row, row[1:], strict=False)):
+                raise ValueError(f"Documents.offsets must be sorted starts from 0, got {row[:8]}")
+        if len({len(row) for row in rows}) > 1:
+            raise ValueError(
+                "Documents.offsets has rows of different lengths; pad them at the end with the length"
+            )
+        if isinstance(self.inner, Bound):
+            raise ValueError(
+                "Documents.inner is bound to heads; bind the whole mask instead: Documents(...).heads(...)"
+            )
+        object.__setattr__(self, "offsets", tuple(rows) if nested else rows[0])
+
+    def __repr__(self) -> str:
+        rows = self.rows()
+        return f"Documents({sum(len(set(r)) for r in rows)} in {len(rows)} row(s), inner={self.inner})"
+
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        return self.offsets if isinstance(self.offsets[0], tuple) else (self.offsets,)  # type: ignore[return-value]
+
+    @property
+    def shift_invariant(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def per_head(self) -> bool:  # type: ignore[override]
+        return self.inner is not None and self.inner.per_head
+
+    def batch(self) -> int:
+        own = len(self.rows()) if isinstance(self.offsets[0], tuple) else 1
+        return max(own, self.inner.batch() if self.inner else 1)
+
+    def starts(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Start and number of the document at each position: at int64 [1 or batch, ...] -> two int64 [rows or batch, ...]."""
+        offsets = torch.tensor(self.rows(), device=at.device)
+        rows = max(offsets.shape[0], at.shape[0])
+        offsets, at = offsets.expand(rows, -1).contiguous(), at.expand(rows, *at.shape[1:])
+        which = torch.searchsorted(offsets, at.flatten(1).contiguous(), right=True) - 1
+        return offsets.gather(1, which).view(at.shape), which.view(at.shape)
+
+    def lower(self, frame: Frame) -> Tree:
+        q, k = self.starts(frame.q)[0], self.starts(frame.k)[0]
+        table = len(frame.tables)
+        frame.tables.append((q, k))
+        inner = self.inner or Full()
+        outer_q, outer_k = frame.q, frame.k
+        frame.q, frame.k = outer_q - q, outer_k - k
+        tree = inner.lower(frame)
+        frame.q, frame.k = outer_q, outer_k
+        return ("documents", table, tree)
+
+    def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
+        (q0, a), (_, b) = self.starts(q.low), self.starts(q.high)
+        (k0, c), (_, d) = self.starts(k.low), self.starts(k.high)
+        some = (a <= d) & (c <= b)
+        every = (a == b) & (c == d) & (a == c)
+        if self.inner is None:
+            return some, every
+        if not self.inner.shift_invariant:
+            # a tile that spans documents holds positions from 0; its greatest is bounded by the one before the cut
+            q = Range(torch.where(a == b, q.low - q0, 0), q.high - q0)
+            k = Range(torch.where(c == d, k.low - k0, 0), k.high - k0)
+        inner_some, inner_every = self.inner.classify(q, k, head, of)
+        return some & inner_some, every & inner_every
+
+
+@dataclass(frozen=True)
+class _Pair(Mask):
+    left: Mask
+    right: Mask
+    word: ClassVar[str]
+
+    @property
+    def shift_invariant(self) -> bool:  # type: ignore[override]
+        return self.left.shift_invariant and self.right.shift_invariant
+
+    @property
+    def per_head(self) -> bool:  # type: ignore[override]
+        return self.left.per_head or self.right.per_head
+
+    def batch(self) -> int:
+        return max(self.left.batch(), self.right.batch())
+
+    def lower(self, frame: Frame) -> Tree:
+        return (self.word, self.left.lower(frame), self.right.lower(frame))
+
+
+@dataclass(frozen=True)
+class And(_Pair):
+    """Visible under both masks."""
+
+    word: ClassVar[str] = "and"
+
+    def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
+        a, b = self.left.classify(q, k, head, of), self.right.classify(q, k, head, of)
+        return a[0] & b[0], a[1] & b[1]
+
+
+@dataclass(frozen=True)
+class Or(_Pair):
+    """Visible under either mask."""
+
+    word: ClassVar[str] = "or"
+
+    def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
+        a, b = self.left.classify(q, k, head, of), self.right.classify(q, k, head, of)
+        return a[0] | b[0], a[1] | b[1]
+
+
+@dataclass(frozen=True)
+class Bound(Mask):
+    """A mask whose local kv head i is the global kv head `kv_indices[i]` of `of`."""
+
+    mask: Mask
+    kv_indices: tuple[int, ...]
+    of: int
+
+    def __post_init__(self) -> None:
+        bad = [i for i in self.kv_indices if not 0 <= i < self.of]
+        if bad:
+            raise ValueError(f"mask.heads: kv indices {bad} are not heads of {self.of}")
+
+    @property
+    def shift_invariant(self) -> bool:  # type: ignore[override]
+        return self.mask.shift_invariant
+
+    @property
+    def per_head(self) -> bool:  # type: ignore[override]
+        return self.mask.per_head
+
+    def heads(self, kv_indices: Sequence[int], of: int) -> "Bound":
+        if of != len(self.kv_indices):
+            raise ValueError(
+                f"mask.heads: of is {of}, but the mask is bound to {len(self.kv_indices)} kv heads"
+            )
+        return Bound(self.mask, tuple(self.kv_indices[i] for i in kv_indices), self.of)
+
+    def batch(self) -> int:
+        return self.mask.batch()
+
+    def lower(self, frame: Frame) -> Tree:
+        return self.mask.lower(frame)
+
+    def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
+        return self.mask.classify(q, k, head, of)
+
+
+def _compose(kind: type[And] | type[Or], a: Mask, b: Mask) -> Mask:
+    binding = {(m.kv_indices, m.of) for m in (a, b) if isinstance(m, Bound)}
+    if len(binding) > 1:
+        raise ValueError(
+            "masks bound to different heads cannot be combined; combine them first, then call heads()"
+        )
+    bare = kind(*(m.mask if isinstance(m, Bound) else m for m in (a, b)))
+    return Bound(bare, *binding.pop()) if binding else bare
+
+
+def bound_heads(mask: Mask, kv_heads: int) -> tuple[tuple[int, ...], int]:
+    """Global kv heads of a tensor's `kv_heads` local ones, and the global number."""
+    if not isinstance(mask, Bound):
+        return tuple(range(kv_heads)), kv_heads
+    if len(mask.kv_indices) != kv_heads:
+        raise ValueError(f"the mask is bound to {len(mask.kv_indices)} kv heads, but k has {kv_heads}")
+    return mask.kv_indices, mask.of
+
+
+class Lowered(NamedTuple):
+    """A mask as data for local tokens: what the reference evaluates and the kernels load."""
+
+    tree: Tree
+    numbers: tuple[int, ...]
+    heads: tuple[int, ...]  # global kv head of each local one
+    q: Tensor  # int32 [Nq], global positions
+    k: Tensor  # int32 [Nk]
+    tables_q: Tensor  # int32 [tables, 1 or batch, Nq], document starts
+    tables_k: Tensor  # int32 [tables, 1 or batch, Nk]
+
+
+@lru_cache(maxsize=64)
+def lower(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, device: torch.device) -> Lowered:
+    """Tree, numbers and per-token data of a mask for queries at `at_q` and keys at `at_k`. Cached by value."""
+    heads, of = bound_heads(mask, kv_heads)
+    q, k = positions(at_q, device), positions(at_k, device)
+    frame = Frame(q[None], k[None], of)
+    tree = mask.lower(frame)
+    rows = mask.batch()
+    tables = [
+        torch.stack([t[i].expand(rows, -1) for t in frame.tables]).int() for i in (0, 1) if frame.tables
+    ]
+    if not tables:
+        tables = [torch.zeros(0, 1, len(x), dtype=torch.int32, device=device) for x in (q, k)]
+    return Lowered(tree, tuple(frame.numbers), heads, q.int(), k.int(), *tables)
+
+
+def visible(low: Lowered) -> Tensor:
+    """The predicate on torch tensors: bool, broadcastable to [batch, kv heads, Nq, Nk]."""
+    q, k = low.q.long()[None, None, :, None], low.k.long()[None, None, None, :]
+    h = torch.tensor(low.heads, device=q.device)[None, :, None, None]
+    return _see(low, low.tree, q, k, h)
+
+
+def _see(low: Lowered, tree: Tree, q: Tensor, k: Tensor, h: Tensor) -> Tensor:
+    if tree[0] == "leaf":
+        _, jit, first, count = tree
+        seen: Tensor = jit.fn(q, k, h, *low.numbers[first : first + count])
+        return seen
+    if tree[0] == "documents":
+        start_q, start_k = (
+            low.tables_q[tree[1]].long()[:, None, :, None],
+            low.tables_k[tree[1]].long()[:, None, None, :],
+        )
+        return (start_q == start_k) & _see(low, tree[2], q - start_q, k - start_k, h)
+    a, b = (_see(low, part, q, k, h) for part in tree[1:])
+    return a & b if tree[0] == "and" else a | b

@@ -1,0 +1,56 @@
+"""The parts that models share: what attends, grouped-query attention, and the gated MLP."""
+
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.mask import Mask
+from .rope import rotate
+
+
+class Attend(Protocol):
+    """Attention over the whole sequence for the tokens held here; the trainer binds it to a layout and a placement."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """q [B, T, Hq, D], k, v [B, T, Hkv, D] -> [B, T, Hq, D]."""
+        ...
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention (Ainslie et al. 2023) with RoPE and, if asked, RMS-normalised queries and keys."""
+
+    def __init__(
+        self, dim: int, *, heads: int, kv_heads: int, head_dim: int, qk_norm: bool, eps: float
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q = nn.Linear(dim, heads * head_dim, bias=False)
+        self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.v = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.o = nn.Linear(heads * head_dim, dim, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend, mask: Mask) -> Tensor:
+        """x [B, T, dim], angles of the T tokens' global positions -> [B, T, dim]."""
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v)
+        )  # [B, T, H, D]
+        out = attend(rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles), v, mask)
+        y: Tensor = self.o(out.flatten(2))
+        return y
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return y

@@ -1,0 +1,75 @@
+"""Rotary position embedding at global positions, with the ways of stretching it to longer contexts."""
+
+from dataclasses import dataclass
+from math import log, pi
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding (Su et al. 2021) in the half-split convention of Llama.
+
+    theta: base of the wavelengths. scaling 'linear' divides positions by `factor` (Chen et al. 2023); 'yarn' divides only
+    long wavelengths and warms the scores (Peng et al. 2023, section 3): `original` is the context length trained before,
+    `beta_fast`, `beta_slow` the turns within it above which a dimension is kept and below which it is divided.
+    """
+
+    theta: float = 10_000.0
+    scaling: Literal["none", "linear", "yarn"] = "none"
+    factor: float = 1.0
+    original: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.scaling not in ("none", "linear", "yarn"):
+            raise ValueError(f"rope.scaling is {self.scaling!r}; it can be none, linear or yarn")
+        if self.theta <= 1 or self.factor < 1:
+            raise ValueError(
+                f"rope.theta is {self.theta} and rope.factor {self.factor}; they need theta > 1, factor >= 1"
+            )
+        if self.scaling == "none" and self.factor != 1:
+            raise ValueError(
+                f"rope.factor is {self.factor}, but rope.scaling is none; set it to linear or yarn"
+            )
+        if self.scaling == "yarn" and (self.original is None or self.original < 1):
+            raise ValueError("rope.scaling=yarn needs rope.original, the context length before stretching")
+
+    def frequencies(self, head_dim: int, device: torch.device | None = None) -> Tensor:
+        """Radians a position for each pair of dimensions: float32 [head_dim // 2]."""
+        pairs = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+        plain = self.theta ** (-pairs / head_dim)
+        if self.scaling == "linear":
+            return plain / self.factor
+        if self.scaling == "none" or self.original is None:
+            return plain
+        low, high = (self._dimension(turns, head_dim) for turns in (self.beta_fast, self.beta_slow))
+        low, high = max(int(low), 0), min(int(-(-high // 1)), head_dim - 1)
+        ramp = ((pairs / 2 - low) / max(high - low, 1e-3)).clamp(0, 1)
+        return plain * (1 - ramp) + plain / self.factor * ramp
+
+    def _dimension(self, turns: float, head_dim: int) -> float:
+        """The pair of dimensions that makes this many turns within the original context."""
+        assert self.original is not None
+        return head_dim * log(self.original / (turns * 2 * pi)) / (2 * log(self.theta))
+
+    @property
+    def warmth(self) -> float:
+        """Factor on queries and keys alike: YaRN's attention temperature, else 1."""
+        return 0.1 * log(self.factor) + 1.0 if self.scaling == "yarn" else 1.0
+
+    def angles(self, positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+        """cos and sin at global `positions` [T]: two float32 [T, 1, head_dim // 2], the same for every layer."""
+        # float64: at a million tokens a float32 product is off by 0.06 radians
+        angle = positions.double()[:, None] * self.frequencies(head_dim, positions.device).double()
+        return (angle.cos() * self.warmth).float()[:, None], (angle.sin() * self.warmth).float()[:, None]
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """x [B, T, H, D] turned by `Rope.angles`; computed in float32 (float64 for float64), returned in x's dtype."""
+    cos, sin = angles
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)

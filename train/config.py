@@ -1,0 +1,246 @@
+"""The configuration as it must be: typed root keys, groups checked against the constructors that they name."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from hydra.utils import get_object
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+ALLOWED = (
+    "longspan.",
+    "torch.optim.AdamW",
+    "torch.optim.Adam",
+    "torch.optim.SGD",
+    "torch.optim.Adafactor",
+    "torch.optim.Muon",
+)
+SECRET = re.compile(r"(^|_)(key|token|secret|password|passwd|credential)s?($|_)", re.IGNORECASE)
+
+
+@dataclass
+class Run:
+    """root: folder of all runs. name: of this one, null makes one from the experiment and the time. dir: the run's folder."""
+
+    root: str = "runs"
+    name: str | None = None
+    dir: str | None = None
+
+
+@dataclass
+class Train:
+    """steps: optimizer steps. seconds: stop (and save) after that much training time. clip: greatest gradient norm, 0 is off.
+
+    micro_batch: sequences a dp rank takes at once; accumulate: micro batches a step. precision: float32, or bfloat16 autocast.
+    """
+
+    steps: int = MISSING
+    micro_batch: int = 1
+    accumulate: int = 1
+    clip: float = 1.0
+    precision: str = "float32"
+    seconds: float | None = None
+    log_every: int = 1
+
+
+@dataclass
+class Checkpoint:
+    """every: steps between checkpoints (0: only the last). keep: how many stay. asynchronous: write beside training."""
+
+    every: int = 100
+    keep: int = 3
+    asynchronous: bool = True
+
+
+@dataclass
+class Eval:
+    """every: steps between evaluations on held-out data (0: only at the end). samples: sequences; the final one takes `final`."""
+
+    every: int = 0
+    samples: int = 8
+    final: int = 32
+
+
+@dataclass
+class Memory:
+    """recompute: keep only each block's input for the backward."""
+
+    recompute: bool = False
+
+
+@dataclass
+class Root:
+    """The root keys. A group (Any here) is typed by the constructor that its `_target_` names."""
+
+    experiment_name: str = "custom"
+    seed: int = 0
+    resume: str = "auto"
+    device: str = "auto"
+    timeout_s: float = 600.0
+    run: Run = field(default_factory=Run)
+    train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    eval: Eval = field(default_factory=Eval)
+    memory: Memory = field(default_factory=Memory)
+    model: Any = MISSING
+    mask: Any = MISSING
+    parallel: Any = MISSING
+    engine: Any = MISSING
+    data: Any = MISSING
+    objective: Any = MISSING
+    optim: Any = MISSING
+    track: Any = MISSING
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: the message names it, its value and what would work."""
+
+
+def typed(cfg: DictConfig, schema: type = Root) -> DictConfig:
+    """The config merged into its schema with every group checked: unknown keys, targets, types. Raises ConfigError."""
+    known = set(schema.__dataclass_fields__)
+    for key in cfg:
+        if str(key) not in known:
+            raise ConfigError(f"unknown key '{key}'{suggestion(str(key), known)}")
+    for name, section in schema.__dataclass_fields__.items():
+        kind = section.default_factory
+        if isinstance(kind, type) and is_dataclass(kind) and isinstance(cfg.get(name), DictConfig):
+            for key in cfg[name]:
+                if key not in kind.__dataclass_fields__:
+                    raise ConfigError(
+                        f"unknown key '{name}.{key}'{suggestion(str(key), kind.__dataclass_fields__)}"
+                    )
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), cfg)
+        assert isinstance(merged, DictConfig)
+        OmegaConf.resolve(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise ConfigError(f"{missing[0]} has no value: give one with {missing[0]}=...")
+    for key in merged:
+        _check_node(merged[key], str(key))
+    OmegaConf.set_readonly(merged, True)
+    return merged
+
+
+def suggestion(word: str, known: Mapping[str, Any] | set[str]) -> str:
+    """'; did you mean ...?' with the nearest known word, or the list of them."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else f"; known here: {', '.join(sorted(known))}"
+
+
+def _check_node(node: Any, path: str) -> None:
+    if isinstance(node, ListConfig):
+        for i, item in enumerate(node):
+            _check_node(item, f"{path}[{i}]")
+    if not isinstance(node, DictConfig):
+        return
+    if "_target_" in node:
+        _check_call(node, path)
+    for key in node:
+        _check_node(node[key], f"{path}.{key}")
+
+
+def _check_call(node: DictConfig, path: str) -> None:
+    target = node["_target_"]
+    if not isinstance(target, str) or not (target.startswith("longspan.") or target in ALLOWED):
+        raise ConfigError(
+            f"{path}._target_ is {target!r}: only {', '.join(ALLOWED)}* may be built from a config"
+        )
+    try:
+        made = get_object(target)
+    except Exception as error:
+        raise ConfigError(
+            f"{path}._target_ is {target!r}, which cannot be imported: {str(error).splitlines()[0]}"
+        ) from None
+    call = made.__init__ if inspect.isclass(made) else made
+    parameters = {n: p for n, p in inspect.signature(call).parameters.items() if n != "self"}
+    hints = get_type_hints(call)
+    for key, value in node.items():
+        if str(key) in ("_target_", "_partial_"):
+            continue
+        if str(key) in ("_args_", "_recursive_", "_convert_") or key not in parameters:
+            raise ConfigError(f"unknown key '{path}.{key}'{suggestion(str(key), parameters)}")
+        if key in hints and not _fits(value, hints[str(key)]):
+            raise ConfigError(f"{path}.{key} is {value!r}; it must be {_words(hints[str(key)])}")
+    if not node.get("_partial_", False):
+        for name, p in parameters.items():
+            if p.default is p.empty and p.kind is not p.VAR_KEYWORD and name not in node:
+                raise ConfigError(f"{path}.{name} has no value: give one with {path}.{name}=...")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain config value can be what the annotation says; objects that `_target_` builds are checked elsewhere."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is Literal:
+        return value in args
+    if isinstance(value, DictConfig):
+        return hint not in (int, float, str, bool, NoneType)
+    if isinstance(value, ListConfig):
+        if origin not in (list, tuple) and hint not in (list, tuple, Any):
+            return origin is not None and hint not in (int, float, str, bool)
+        inner = [a for a in args if a is not Ellipsis]
+        fixed = origin is tuple and Ellipsis not in args and len(inner) == len(value)
+        return all(_fits(v, inner[i] if fixed else inner[0]) for i, v in enumerate(value)) if inner else True
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint in (int, str, bool, NoneType):
+        return type(value) is hint
+    return hint is Any
+
+
+def _words(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_words(a) for a in args)
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+    return names.get(hint, str(hint).replace("typing.", ""))
+
+
+def redacted(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain data, with the values of keys that look like secrets replaced."""
+
+    def clean(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {
+                k: "<redacted>" if SECRET.search(str(k)) and isinstance(v, str) else clean(v)
+                for k, v in node.items()
+            }
+        return [clean(x) for x in node] if isinstance(node, list) else node
+
+    plain = clean(OmegaConf.to_container(cfg, resolve=True))
+    assert isinstance(plain, dict)
+    return plain
+
+
+def hint(error: Exception, overrides: list[str], root: str) -> str:
+    """Hydra's complaint in one or two lines, with the nearest key that exists."""
+    text = " ".join(str(error).split())
+    found = re.search(r"Could not override '([^']+)'", text)
+    if not found:
+        return text
+    path = found.group(1)
+    parent, _, last = path.rpartition(".")
+    rest = [o for o in overrides if not o.startswith("-") and o.split("=")[0].lstrip("+~") != path]
+    try:
+        with initialize_config_module("longspan.conf", version_base="1.3"):
+            whole = compose(root, overrides=rest)
+        there = OmegaConf.select(whole, parent) if parent else whole
+    except (HydraException, OmegaConfBaseException):
+        return text
+    if not isinstance(there, DictConfig):
+        return f"unknown key '{path}': '{parent}' has no keys below it"
+    return f"unknown key '{path}'{suggestion(last, {str(k) for k in there})}"

@@ -1,0 +1,38 @@
+"""What carries a model through a step: gradients summed over the ranks that share weights, clipping, the update, its state."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+Optimizer = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]  # from parameter groups
+
+
+class Engine(Protocol):
+    """One training engine. The objective returns this rank's *share* of the loss, so gradients are summed, never averaged."""
+
+    def wrap(self, objective: nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> None:
+        """Takes over a model (inside its objective) and its optimizer; sums gradients over dp x ring x head."""
+        ...
+
+    def backward(self, *inputs: Any, last: bool) -> Tensor:
+        """objective(*inputs) and its backward; `last` marks the step's last micro batch, after which gradients are whole."""
+        ...
+
+    def clip(self, most: float) -> float:
+        """The global gradient norm; gradients are scaled down to `most` if it is greater (0: never)."""
+        ...
+
+    def step(self, lr: float) -> None:
+        """One optimizer step at this learning rate; clears the gradients."""
+        ...
+
+    def save(self) -> dict[str, Any]:
+        """Nested dict of tensors by parameter name, for a checkpoint, also as the template that one is loaded into."""
+        ...
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes back what `save` gave, after a checkpoint was read into it."""
+        ...

@@ -1,0 +1,181 @@
+"""One training job put together from its config: processes, mesh, layout, data, model, engine."""
+
+import datetime
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..kernels.mask import Mask
+from ..parallel.layout import Layout
+from .agree import Ranks
+from .data.sample import Dataset
+from .engine.protocol import Engine
+from .optim import Optim
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Who this process is, as torchrun says it; a process started alone is rank 0 of 1. env: the environment, for trackers."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    env: Mapping[str, str] | None = None
+
+    @classmethod
+    def of(cls, env: Mapping[str, str]) -> "Launch":
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        rank, world, local_rank, local_world = (
+            int(env.get(n, d)) for n, d in zip(names, (0, 1, 0, 1), strict=True)
+        )
+        return cls(rank, world, local_rank, local_world, env)
+
+
+@contextmanager
+def processes(launch: Launch, wanted: str, timeout_s: float) -> Iterator[torch.device]:
+    """An initialised process group (one that exists is used as it is) and this rank's device."""
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(
+            f"device is {wanted!r}; it can be auto, cpu{', cuda' if torch.cuda.is_available() else ''} here"
+        )
+    device = torch.device(kind, launch.local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        # more threads than cores make ranks that share a machine ten times slower
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world))
+    begun = not dist.is_initialized()
+    if begun:
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        timeout = datetime.timedelta(seconds=timeout_s)
+        if launch.world == 1:  # no port is needed
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    try:
+        yield device
+    finally:
+        if begun:
+            dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a step needs."""
+
+    cfg: DictConfig
+    launch: Launch
+    device: torch.device
+    ranks: Ranks
+    mesh: DeviceMesh
+    layout: Layout
+    data: Dataset
+    mask: Mask
+    model: nn.Module
+    objective: nn.Module
+    engine: Engine
+    optim: Optim
+
+    @property
+    def dp(self) -> int:
+        return int(self.mesh["dp"].size())
+
+    @property
+    def dp_rank(self) -> int:
+        return int(self.mesh["dp"].get_local_rank())
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences in a step."""
+        return int(self.cfg.train.micro_batch) * int(self.cfg.train.accumulate) * self.dp
+
+
+def open_data(cfg: DictConfig, launch: Launch, ranks: Ranks) -> Dataset:
+    """The data set on every rank; one rank of each machine prepares its cache first. What fails on one fails on all."""
+
+    def prepare() -> None:
+        if launch.local_rank == 0:
+            instantiate(cfg.data)
+
+    ranks.together(prepare)
+    data: Dataset = ranks.together(lambda: instantiate(cfg.data))
+    return data
+
+
+def build_layout(cfg: DictConfig, launch: Launch, device: torch.device) -> tuple[DeviceMesh, Layout]:
+    mesh = instantiate(cfg.parallel.mesh).build(device.type, node=launch.local_world)
+    return mesh, instantiate(cfg.parallel.layout)(mesh)
+
+
+def build_model(cfg: DictConfig, data: Dataset, mask: Mask) -> nn.Module:
+    """The model with the same initial weights on every rank and in every layout."""
+    vocab = cfg.model.get("vocab")
+    if vocab is not None and vocab < data.vocab:
+        raise ValueError(
+            f"model.vocab is {vocab}, but the data's tokenizer has {data.vocab} tokens: set model.vocab=null"
+        )
+    torch.manual_seed(cfg.seed)
+    model: nn.Module = instantiate(cfg.model)(
+        vocab=vocab or data.vocab, mask=mask, recompute=cfg.memory.recompute
+    )
+    return model
+
+
+def build(cfg: DictConfig, launch: Launch, device: torch.device) -> Job:
+    """The whole job. Every check that needs no device has run when the model is built."""
+    check_numbers(cfg)
+    ranks = Ranks(kinds=(ValueError, FileNotFoundError, OSError))
+    mesh, layout = build_layout(cfg, launch, device)
+    mask: Mask = instantiate(cfg.mask)
+    data = open_data(cfg, launch, ranks)
+    layout.place(data.context, mask)
+    model = build_model(cfg, data, mask).to(device)
+    objective = instantiate(cfg.objective)(model)
+    optim: Optim = instantiate(cfg.optim)
+    engine: Engine = instantiate(cfg.engine)
+    engine.wrap(objective, optim.build(model), mesh)
+    return Job(cfg, launch, device, ranks, mesh, layout, data, mask, model, objective, engine, optim)
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Refuses numbers that no job can run with."""
+    least: dict[str, float] = {
+        "train.steps": 1, "train.micro_batch": 1, "train.accumulate": 1, "train.clip": 0, "train.log_every": 1,
+        "checkpoint.every": 0, "checkpoint.keep": 1, "eval.every": 0, "eval.samples": 1, "eval.final": 0,
+    }  # fmt: skip
+    for name, low in least.items():
+        group, key = name.split(".")
+        if cfg[group][key] < low:
+            raise ValueError(f"{name} is {cfg[group][key]}; it must be at least {low:g}")
+    if cfg.train.precision not in ("float32", "bfloat16"):
+        raise ValueError(f"train.precision is {cfg.train.precision!r}; it can be float32 or bfloat16")
+    if cfg.train.seconds is not None and cfg.train.seconds <= 0:
+        raise ValueError(f"train.seconds is {cfg.train.seconds}; it must be null or more than 0")
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """All parameters, and those that are no embedding table."""
+    total = sum(p.numel() for p in model.parameters())
+    tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    return total, total - sum(tables.values())
+
+
+def run_folder(cfg: DictConfig, now: datetime.datetime) -> Path:
+    """The run's folder: run.dir, or run.root / run.name, or one named after the experiment and the time."""
+    if cfg.run.dir is not None:
+        return Path(cfg.run.dir)
+    name = cfg.run.name or f"{cfg.experiment_name}-{now:%Y%m%d-%H%M%S}"
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError(f"run.name is {name!r}; it must be one plain folder name (run.dir takes a path)")
+    return Path(cfg.run.root) / name

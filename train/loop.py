@@ -1,0 +1,213 @@
+"""The training loop: steps, evaluation, checkpoints, and an orderly end on a signal."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..kernels.tile import pairs
+from .batch import Batch, bind, held, indices, load, place
+from .checkpoint import Checkpoints, SaveError
+from .job import Job, parameter_counts
+from .measure import HeldOut, autocast, held_out_loss
+from .meter import Meter, gpt_flops, peak_flops
+from .preempt import Preempt
+from .record import Record
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient norm is not finite."""
+
+
+@dataclass
+class State:
+    """Where a run stands: what a checkpoint keeps beside the tensors."""
+
+    step: int = 0
+    samples: int = 0  # global samples taken, so the next step starts there whatever the number of ranks
+    tokens: int = 0
+    seconds: float = 0.0  # of training, over all starts
+    evals: list[dict[str, float]] = field(default_factory=list)
+
+
+class Loop:
+    """Trains `job` from `state` on; `record` is told everything, `checkpoints` keep what is needed to go on."""
+
+    def __init__(
+        self, job: Job, record: Record, checkpoints: Checkpoints, preempt: Preempt, state: State
+    ) -> None:
+        self.job, self.record, self.checkpoints, self.preempt, self.state = (
+            job,
+            record,
+            checkpoints,
+            preempt,
+            state,
+        )
+        self.saved = state.step
+        dtype = torch.bfloat16 if job.cfg.train.precision == "bfloat16" else torch.float32
+        self.peak, self.peak_source = peak_flops(job.device, dtype)
+        self.meter = Meter(
+            peak_flops=self.peak,
+            ranks=dist.get_world_size(),
+            steps=job.cfg.train.steps,
+            start_step=state.step,
+        )
+
+    def run(self) -> int | None:
+        """Trains until train.steps, train.seconds or a signal; the checkpoint is complete when this returns. The signal, or None."""
+        cfg, stopped = self.job.cfg, None
+        while self.state.step < cfg.train.steps and not self._out_of_time():
+            began = time.perf_counter()
+            values = self._step()
+            self.state.seconds += time.perf_counter() - began
+            if self.state.step % cfg.train.log_every == 0 or self.state.step == cfg.train.steps:
+                self.record.step(self.state.step, cfg.train.steps, values)
+            if cfg.eval.every and self.state.step % cfg.eval.every == 0 and self.state.step < cfg.train.steps:
+                self.evaluate(cfg.eval.samples)
+            if cfg.checkpoint.every and self.state.step % cfg.checkpoint.every == 0:
+                self.save()
+            stopped = self.preempt.agreed()
+            if stopped is not None:
+                self.record.note(f"signal {stopped}: saving step {self.state.step} and leaving")
+                break
+        if self.saved != self.state.step:
+            self.save(must=True)
+        self.checkpoints.wait()
+        return stopped
+
+    def _out_of_time(self) -> bool:
+        """Whether train.seconds have passed on rank 0, whose clock decides for all."""
+        limit = self.job.cfg.train.seconds
+        if limit is None:
+            return False
+        late = torch.tensor([float(self.state.seconds >= limit)])
+        dist.broadcast(late, 0)
+        return bool(late)
+
+    def _step(self) -> dict[str, float]:
+        job, state = self.job, self.state
+        lr = job.optim.lr_at(state.step, job.cfg.train.steps)
+        batches = list(self._batches())
+        job.layout.traffic.reset()
+        counts = torch.tensor(
+            [sum(b.valid for b in batches), sum(b.labels.numel() for b in batches)], dtype=torch.float64
+        )
+        if job.dp > 1:
+            dist.all_reduce(counts, group=job.mesh["dp"].get_group())
+        valid = max(1.0, float(counts[0]))
+        loss = torch.zeros((), dtype=torch.float64, device=job.device)
+        for i, batch in enumerate(batches):
+            placement = place(job.layout, batch, job.mask)
+            part = held(job.layout, batch, placement, job.device)
+            with autocast(job):
+                share = job.engine.backward(
+                    part, bind(job.layout, placement), valid, last=i == len(batches) - 1
+                )
+            loss += share.double()
+        dist.all_reduce(loss)
+        norm = job.engine.clip(job.cfg.train.clip)
+        mean = float(loss)
+        if not (math.isfinite(mean) and math.isfinite(norm)):
+            raise Diverged(
+                f"step {state.step + 1}: loss {mean}, gradient norm {norm}; weights were left as they were"
+            )
+        job.engine.step(lr)
+        state.step, state.samples = state.step + 1, state.samples + job.global_batch
+        state.tokens += int(counts[1])
+        values = self.meter.update(state.step, int(counts[1]), self._flops(batches, int(counts[1])))
+        return {"loss": mean, "grad_norm": norm, "lr": lr, "tokens": state.tokens, "valid": valid, **values}
+
+    def _batches(self) -> Iterator[Batch]:
+        """This step's micro batches on this dp rank: the same samples whatever the ranks are."""
+        job, train = self.job, self.job.cfg.train
+        for wanted in indices(
+            self.state.samples,
+            dp=job.dp,
+            rank=job.dp_rank,
+            micro=train.micro_batch,
+            accumulate=train.accumulate,
+        ):
+            yield load(job.data, wanted, self.state.step)
+
+    def _flops(self, batches: list[Batch], tokens: int) -> float:
+        """FLOP of the step over all ranks, from the pairs that the masks let through; other dp ranks are taken to do the same."""
+        model: Any = self.job.model
+        visible = 0
+        for mask in set(model.masks):
+            share = model.masks.count(mask) / len(model.masks)
+            visible += int(
+                share * sum(pairs(b.mask(mask), b.tokens.shape[1], model.kv_heads) for b in batches)
+            )
+        _, rest = parameter_counts(self.job.model)
+        if model.head.weight is model.embed.weight:
+            rest += model.head.weight.numel()  # the tied table works as the output layer
+        return gpt_flops(rest, tokens, model.layers, model.heads, model.head_dim, visible * self.job.dp)
+
+    def evaluate(self, samples: int) -> HeldOut:
+        """Held-out loss on the first `samples` sequences, recorded."""
+        found = held_out_loss(self.job, self.job.data.held_out(), samples)
+        row = {
+            "step": self.state.step,
+            "tokens": self.state.tokens,
+            "eval_loss": found.loss,
+            "bits_per_byte": found.bits_per_byte,
+        }
+        self.state.evals.append(row)
+        self.record.evaluated(row)
+        self.meter.restart()
+        return found
+
+    def save(self, *, must: bool = False) -> None:
+        """A checkpoint of now. One that fails is reported and training goes on, except the last one (`must`)."""
+        try:
+            self.checkpoints.save(self.state.step, self.job.engine.save(), extra(self.job, self.state))
+            if must:
+                self.checkpoints.wait()
+        except SaveError as error:
+            if must:
+                raise
+            self.record.note(f"checkpoint of step {self.state.step} failed, training goes on: {error}")
+        else:
+            self.saved = self.state.step
+        self.meter.restart()
+
+
+def extra(job: Job, state: State) -> dict[str, Any]:
+    """What a checkpoint keeps as JSON."""
+    return {
+        "step": state.step,
+        "samples": state.samples,
+        "tokens": state.tokens,
+        "seconds": state.seconds,
+        "evals": state.evals,
+        "data": fingerprint(job),
+        "global_batch": job.global_batch,
+    }
+
+
+def fingerprint(job: Job) -> str:
+    """A hash of what decides which sample has which index."""
+    facts = job.data.describe()
+    kept = {name: facts.get(name) for name in ("corpus", "sha256", "tokenizer", "context", "pack", "samples")}
+    return hashlib.sha256(json.dumps([kept, job.cfg.seed], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def resume(job: Job, checkpoints: Checkpoints, which: str) -> State:
+    """Loads the checkpoint that `which` names into the job: the state to go on from. Other data is refused."""
+    tensors = job.engine.save()
+    kept = checkpoints.load(which, tensors)
+    if kept is None:
+        return State()
+    if kept["data"] != fingerprint(job):
+        raise ValueError(
+            "resume: the data is not the one that the checkpoint was trained on (its hash differs); "
+            "restore data.*, or start anew with resume=never and another run.name"
+        )
+    job.engine.load(tensors)
+    return State(kept["step"], kept["samples"], kept["tokens"], kept["seconds"], kept["evals"])

@@ -1,0 +1,43 @@
+"""Next-token prediction: the loss of a decoder, weighted by token over all ranks."""
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.loss import linear_cross_entropy, token_losses
+from ...models.block import Attend
+from ...models.gpt import GPT
+from ..batch import Shard
+
+
+class NextToken(nn.Module):
+    """Cross entropy against labels that were taken before sharding; computed `chunk` tokens at a time."""
+
+    def __init__(self, model: GPT, *, chunk: int = 4096, z_loss: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.chunk, self.z_loss = model, chunk, z_loss
+
+    def hidden(self, part: Shard, attend: Attend) -> Tensor:
+        x: Tensor = self.model(
+            part.tokens, part.positions, attend, offsets=part.offsets, previous=part.previous
+        )
+        return x.flatten(0, 1)
+
+    def forward(self, part: Shard, attend: Attend, denominator: float) -> Tensor:
+        """This rank's share of the mean: its summed loss, nats, over the *global* number of valid tokens."""
+        weight, labels = self.model.head.weight, part.labels.flatten()
+        return linear_cross_entropy(
+            self.hidden(part, attend),
+            weight,
+            labels,
+            denominator=denominator,
+            chunk=self.chunk,
+            z_loss=self.z_loss,
+        )
+
+    @torch.no_grad()
+    def losses(self, part: Shard, attend: Attend) -> Tensor:
+        """Nats of each token, float32 [B, N], 0 where the label is ignored."""
+        flat = token_losses(
+            self.hidden(part, attend), self.model.head.weight, part.labels.flatten(), chunk=self.chunk
+        )
+        return flat.view_as(part.labels)

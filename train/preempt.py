@@ -1,0 +1,61 @@
+"""Leaving in time: signals that ask a run to stop, agreed on by all ranks at the end of a step."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# sysexits' EX_TEMPFAIL, "try again later": what a scheduler's requeue rule looks for.
+EXIT_PREEMPTED = 75
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Preempt:
+    """Between `with` and its end, SIGTERM, SIGINT and SIGUSR1 only set a flag, which `agreed` reads.
+
+    A run that is told to stop finishes its step, saves and exits with EXIT_PREEMPTED (75), so that a
+    scheduler can tell it from a failure and start it again. A second SIGINT raises KeyboardInterrupt, so that
+    a user can leave at once. The main thread enters and leaves it; then the handlers from before are back.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        """group: the ranks that must agree, gloo or NCCL; None: all."""
+        self._group = group
+        self._alone = not dist.is_initialized() or dist.get_world_size(group) == 1
+        self._received = 0
+        self._interrupted = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Preempt":
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            # None is a handler that Python did not install and cannot restore.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def agreed(self) -> int | None:
+        """The number of the signal that any rank got, the highest if several did, or None.
+
+        All ranks call it, once a step, and get the same answer, from one all-reduce of one number.
+        """
+        if self._alone:
+            return self._received or None
+        cpu = "gloo" in dist.get_backend_config(self._group)
+        device = torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device())
+        highest = torch.tensor([self._received], dtype=torch.int32, device=device)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, self._group)
+        return int(highest.item()) or None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+        self._received = max(self._received, number)

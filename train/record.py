@@ -1,0 +1,74 @@
+"""Where a run is told: metrics.jsonl, the tracker, the progress display and the files of the run folder; rank 0 writes."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .progress import Progress
+from .track import Metrics, Tracker, Value
+
+VALUES = ("loss", "grad_norm", "lr", "tokens", "valid", "tokens_per_s", "mfu", "step_s", "peak_memory")
+
+
+class Record:
+    """All ways of telling, behind one door; on ranks other than 0 everything is silent."""
+
+    def __init__(
+        self, rank: int, progress: Progress, metrics: Metrics | None, tracker: Tracker | None
+    ) -> None:
+        self.rank, self.progress, self.metrics, self.tracker = rank, progress, metrics, tracker
+
+    def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        if self.rank:
+            return
+        row: dict[str, Value] = {name: values[name] for name in VALUES}
+        if self.metrics:
+            self.metrics.write(step, row)
+        if self.tracker:
+            self.tracker.log(step, row)
+        self.progress.step(step, total, dict(values))
+
+    def evaluated(self, row: Mapping[str, float]) -> None:
+        if self.rank:
+            return
+        if self.tracker:
+            kept: dict[str, Value] = {n: row[n] for n in ("eval_loss", "bits_per_byte")}
+            self.tracker.log(int(row["step"]), kept)
+        self.progress.note(f"held out after step {row['step']:.0f}: {row['bits_per_byte']:.3f} bits per byte")
+
+    def note(self, text: str) -> None:
+        if not self.rank:
+            self.progress.note(text)
+
+    def picture(self, name: str, path: Path) -> None:
+        if self.tracker and not self.rank:
+            self.tracker.picture(name, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The file holds the whole value or what it held before."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    os.replace(part, path)
+
+
+def open_folder(folder: Path, config: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Makes the run folder with config.yaml (resolved, redacted), run.json (what ran where) and a link root/latest."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+    }
+    write_json(folder / "run.json", {"command": sys.argv, **versions, **facts})
+    link = folder.parent / "latest"
+    if link.is_symlink() or not link.exists():
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)

@@ -1,0 +1,140 @@
+"""One run from its composed config to its exit code."""
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from .agree import Ranks
+from .checkpoint import Checkpoints
+from .config import redacted, typed
+from .entry import guarded
+from .finish import finish, headline
+from .job import Job, Launch, build, parameter_counts, processes, run_folder
+from .loop import Loop, State, resume
+from .preempt import EXIT_PREEMPTED, Preempt
+from .progress import Progress
+from .record import Record, open_folder, write_json
+from .track import Metrics
+
+
+def train(cfg: DictConfig, launch: Launch) -> int:
+    """Checks, builds, trains, evaluates; the exit code (see `entry`)."""
+
+    def work() -> int:
+        config = typed(cfg)
+        with (
+            processes(launch, config.device, config.timeout_s) as device,
+            Preempt() as preempt,
+            Progress(rank=launch.rank) as shown,
+        ):
+            folder = agree_folder(config)
+            job = build(config, launch, device)
+            return _run(job, folder, preempt, shown)
+
+    return guarded(work, launch.rank)
+
+
+def agree_folder(cfg: DictConfig) -> Path:
+    """The run folder, made by rank 0 and the same on all ranks. A folder with checkpoints is not taken over with resume=never."""
+    ranks = Ranks(kinds=(ValueError, FileExistsError, NotADirectoryError, PermissionError, OSError))
+
+    def make(parts: list[Path]) -> list[Path]:
+        folder = parts[0]
+        if cfg.resume == "never" and (folder / "checkpoints").exists():
+            raise ValueError(
+                f"run.dir={folder} holds a run already, and resume is never: take resume=auto or another run.name"
+            )
+        try:
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (folder / ".probe").write_text("")
+            (folder / ".probe").unlink()
+        except OSError as error:
+            raise OSError(
+                f"run.dir={folder} cannot be written: {error.strerror}; give another run.dir or run.root"
+            ) from error
+        return [folder] * len(parts)
+
+    return ranks.exchange(lambda: run_folder(cfg, datetime.datetime.now()), make)
+
+
+def _run(job: Job, folder: Path, preempt: Preempt, shown: Progress) -> int:
+    notes: list[str] = []
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        keep=job.cfg.checkpoint.keep,
+        asynchronous=job.cfg.checkpoint.asynchronous,
+        warn=notes.append,
+    )
+    state = resume(job, checkpoints, job.cfg.resume)
+    record = _record(job, folder, state, shown)
+    loop = Loop(job, record, checkpoints, preempt, state)
+    if dist.get_rank() == 0:
+        shown.start(facts(loop, folder))
+        for note in notes:
+            shown.note(note)
+        write_json(folder / "status.json", {"state": "running", "step": state.step})
+    if state.step >= job.cfg.train.steps:
+        record.note(
+            f"already trained to step {state.step}; raise train.steps to go on, or take another run.name"
+        )
+    stopped = loop.run()
+    code = EXIT_PREEMPTED if stopped is not None else 0
+    summary: dict[str, Any] = {"state": f"stopped by signal {stopped}"}
+    if stopped is None:
+        summary = finish(loop, folder, complete=state.step >= job.cfg.train.steps)
+    if dist.get_rank() == 0:
+        write_json(folder / "status.json", {"state": summary["state"], "step": state.step, "exit": code})
+        if stopped is None:
+            shown.summary(headline(loop, summary, folder))
+        assert record.metrics and record.tracker
+        record.metrics.close()
+        record.tracker.summary({k: v for k, v in summary.items() if isinstance(v, float | int | str)})
+        record.tracker.finish(code)
+    return code
+
+
+def _record(job: Job, folder: Path, state: State, shown: Progress) -> Record:
+    """The record of this run, opened on rank 0; a fault there stops all ranks."""
+
+    def opened() -> Record:
+        if dist.get_rank() != 0:
+            return Record(dist.get_rank(), shown, None, None)
+        config = redacted(job.cfg)
+        env: Mapping[str, str] = job.launch.env or {}
+        open_folder(folder, config, {"world": dist.get_world_size(), "data": job.data.describe()})
+        metrics = Metrics(folder / "metrics.jsonl", resume_step=state.step or None)
+        tracker = instantiate(job.cfg.track)(
+            run_dir=folder, name=folder.name, config=config, resume=state.step > 0, env=env
+        )
+        return Record(0, shown, metrics, tracker)
+
+    return job.ranks.together(opened)
+
+
+def facts(loop: Loop, folder: Path) -> dict[str, str]:
+    """What runs, for the header."""
+    job, model = loop.job, loop.job.model
+    total, _ = parameter_counts(model)
+    described = job.data.describe()
+    placement = job.layout.place(job.data.context, job.mask)
+    degrees = " x ".join(
+        f"{n} {s}" for n, s in zip(job.mesh.mesh_dim_names or (), job.mesh.shape, strict=True) if s > 1
+    )
+    uneven = placement.imbalance(job.mask, model.kv_heads)  # type: ignore[arg-type]
+    return {
+        "model": f"{type(model).__name__}, {total:,} parameters, {job.cfg.train.precision}",
+        "layout": f"{type(job.layout).__name__.lower()}, {degrees or 'one process'}, work max/mean {uneven:.2f} over ranks",
+        "mask": f"{job.mask} in each document",
+        "data": f"{described.get('corpus', '?')}: {described.get('documents', '?')} documents, "
+        f"{job.data.context} tokens a sequence, padding {100 * float(described.get('padding', 0)):.2f}%, "
+        f"{described.get('bad', 0)} bad records",
+        "step": f"{job.global_batch} sequences a step, {job.cfg.train.steps} steps",
+        "from": f"step {loop.state.step}" if loop.state.step else "the start",
+        "peak": f"{loop.peak / 1e9:.1f} GFLOP/s a rank ({loop.peak_source})",
+        "run folder": str(folder),
+    }

@@ -1,0 +1,395 @@
+"""Where a run's numbers go: metrics.jsonl, the source of truth, and a W&B run that never stops training."""
+
+import atexit
+import json
+import logging
+import math
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from configparser import ConfigParser
+from configparser import Error as ConfigError
+from contextlib import suppress
+from itertools import count
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from queue import Full, Queue
+from threading import Thread
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from wandb import Run
+
+Value = float | int | str
+Mode = Literal["auto", "offline", "online", "disabled"]
+REQUIRED = ("loss", "grad_norm", "tokens", "tokens_per_s")
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class Metrics:
+    """metrics.jsonl: one valid JSON object a line, steps strictly rising, also over kills and resumes.
+
+    A line is one write(), so a reader sees whole lines and a kill tears at most the last one, which the next
+    resume drops. JSON has no NaN or infinity: they are written as the strings "NaN", "Infinity" and
+    "-Infinity", and `read` makes floats of them again.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int | None) -> None:
+        """Opens `path` for appending.
+
+        resume_step: the step of the checkpoint that is continued; lines of later steps are dropped (they will
+            be written again). None starts afresh: a file that is there is kept as metrics.old-<n>.jsonl.
+        Raises ValueError if a line other than a torn last one is not JSON, OSError if it cannot be written.
+        """
+        self.path = path
+        self._last = -1
+        if resume_step is None:
+            _set_aside(path)
+        elif path.exists():
+            self._last = _cut(path, resume_step)
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        """Appends {"step": step, **values}: at least loss, grad_norm, tokens (so far) and tokens_per_s.
+
+        Raises ValueError for a missing value, for one that is no number or string, and for a step that does
+        not rise; OSError (no space left) if the line could not be written whole.
+        """
+        missing = [name for name in REQUIRED if name not in values]
+        if missing:
+            raise ValueError(f"step {step} of {self.path.name} lacks {', '.join(missing)}")
+        if step <= self._last:
+            raise ValueError(f"step {step} of {self.path.name} comes after {self._last}: steps must rise")
+        row = {"step": step, **{name: _json_value(name, value) for name, value in values.items()}}
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        written = self._file.write(line)
+        if written != len(line):
+            raise OSError(
+                f"{self.path}: step {step} was written in part, {written} of {len(line)} bytes: disk full?"
+            )
+        self._last = step
+
+    def close(self) -> None:
+        self._file.close()
+
+    @staticmethod
+    def read(path: Path) -> list[dict[str, Any]]:
+        """All rows of a metrics.jsonl, also of one that is being written; a torn last line is left out."""
+        return [{name: _value(stored) for name, stored in row.items()} for _, row in _lines(path)]
+
+
+def _value(stored: Value) -> Value:
+    return NON_FINITE.get(stored, stored) if isinstance(stored, str) else stored
+
+
+def _json_value(name: str, value: Value) -> Value:
+    if not isinstance(value, float | int | str):
+        raise ValueError(f"metric {name} is a {type(value).__name__}: give a float, an int or a str")
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of a file with what they say; bytes after the last newline are a torn line."""
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            yield line + b"\n", json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, is not JSON ({error}): remove the line") from error
+
+
+def _cut(path: Path, step: int) -> int:
+    """Drops what is torn or later than `step`, in one rename; gives the last step left, -1 if none is."""
+    kept = [(line, row["step"]) for line, row in _lines(path) if row["step"] <= step]
+    content = b"".join(line for line, _ in kept)
+    if len(content) != path.stat().st_size:
+        _replace(path, content)
+    return max((at for _, at in kept), default=-1)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _set_aside(path: Path) -> None:
+    if path.exists():
+        names = (path.with_name(f"{path.stem}.old-{number}{path.suffix}") for number in count(1))
+        path.rename(next(name for name in names if not name.exists()))
+
+
+class Tracker(Protocol):
+    """What the trainer tells its numbers to, on rank 0, besides metrics.jsonl. No method blocks or raises."""
+
+    def log(self, step: int, values: Mapping[str, Value]) -> None: ...
+    def picture(self, name: str, path: Path) -> None: ...
+    def summary(self, values: Mapping[str, Value]) -> None: ...
+    def finish(self, exit_code: int, timeout: float = 20.0) -> None: ...
+
+
+class Nothing:
+    """The tracker that tracks nothing (track=none)."""
+
+    def __init__(
+        self,
+        *,
+        mode: Mode,
+        run_dir: Path,
+        name: str,
+        config: dict[str, Any],
+        resume: bool,
+        env: Mapping[str, str],
+    ) -> None:
+        if mode not in ("auto", "disabled"):
+            raise ValueError(
+                f"track.mode={mode} does nothing with track=none: take track=wandb or mode=disabled"
+            )
+        self.mode = "disabled"
+
+    def log(self, step: int, values: Mapping[str, Value]) -> None: ...
+    def picture(self, name: str, path: Path) -> None: ...
+    def summary(self, values: Mapping[str, Value]) -> None: ...
+    def finish(self, exit_code: int, timeout: float = 20.0) -> None: ...
+
+
+class Wandb:
+    """A W&B run of rank 0, fed by a daemon thread through a bounded queue.
+
+    If wandb raises, hangs or is too slow, training goes on: records that find no room are dropped, with one
+    warning when that begins and their count at the end. An online run that cannot start is recorded offline.
+    `mode` and `url` tell what became of it, wandb_id.txt in the run folder keeps its id, and after `finish`
+    `dropped` is the number of records that were lost.
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: Mode,
+        project: str,
+        entity: str | None,
+        group: str | None,
+        tags: list[str],
+        run_dir: Path,
+        name: str,
+        config: dict[str, Any],
+        resume: bool,
+        env: Mapping[str, str],
+        capacity: int = 4096,
+    ) -> None:
+        """config: resolved and redacted; env: the process's environment; capacity: records the queue holds.
+
+        Raises ValueError for an unknown mode and for mode=online without a login.
+        """
+        self.mode = choose_mode(mode, env)
+        self.url: str | None = None
+        self.dropped = self._offered = self._done = 0
+        self._exit_code = self._step = 0
+        self._warned = False
+        self._thread: Thread | None = None
+        self._records: Queue[Callable[[Run], object] | None] = Queue(capacity)
+        if self.mode == "disabled":
+            return
+        self._identity: dict[str, Any] = {
+            "project": project,
+            "entity": entity,
+            "group": group,
+            "tags": list(tags),
+            "dir": str(run_dir),
+            "name": name,
+            "id": _run_id(run_dir / "wandb_id.txt", resume),
+            "resume": "allow",
+        }
+        self._thread = Thread(target=self._work, args=(config, dict(env)), name="wandb", daemon=True)
+        self._thread.start()
+        # For a process that ends, by an error, without calling finish.
+        atexit.register(self.finish, 1)
+
+    def log(self, step: int, values: Mapping[str, Value]) -> None:
+        """One row of history; rows of a step that W&B already holds are refused there, silently."""
+        self._step = step
+        row = {"step": step, **values}
+        self._put(lambda run: run.log(row, step=step))
+
+    def picture(self, name: str, path: Path) -> None:
+        step = self._step
+
+        def show(run: "Run") -> None:
+            import wandb
+
+            run.log({name: wandb.Image(str(path))}, step=step)
+
+        self._put(show)
+
+    def summary(self, values: Mapping[str, Value]) -> None:
+        row = dict(values)
+        self._put(lambda run: run.summary.update(row))
+
+    def finish(self, exit_code: int, timeout: float = 20.0) -> None:
+        """Waits, for `timeout` seconds at most, until W&B has everything, and says what it did not get."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        atexit.unregister(self.finish)
+        deadline = monotonic() + timeout
+        self._exit_code = exit_code
+        with suppress(Full):
+            self._records.put(None, timeout=timeout)
+            thread.join(max(0.0, deadline - monotonic()))
+        self.dropped = self._offered - self._done
+        hangs = thread.is_alive()
+        if hangs:
+            self._warned = True
+            _kill_service()
+        if hangs or self.dropped:
+            end = f"did not end within {timeout:g} s" if hangs else "has ended"
+            _say(
+                f"wandb {end}, dropped {self.dropped} of {self._offered} records; metrics.jsonl has everything"
+            )
+
+    def _put(self, record: "Callable[[Run], object]") -> None:
+        if self._thread is None:
+            return
+        self._offered += 1
+        try:
+            self._records.put_nowait(record)
+        except Full:
+            self._warn("is too slow or hangs, so records are dropped")
+
+    def _work(self, config: dict[str, Any], env: dict[str, str]) -> None:
+        run = self._open({**config, "git": git_state(Path(__file__).parent, env)})
+        while (record := self._records.get()) is not None:
+            if run is None:
+                continue
+            try:
+                record(run)
+                self._done += 1
+            except Exception as error:
+                self._warn(f"failed ({_one_line(error)})")
+        try:
+            if run is not None:
+                run.finish(self._exit_code)
+        except Exception as error:
+            self._warn(f"failed to finish ({_one_line(error)})")
+
+    def _open(self, config: dict[str, Any]) -> "Run | None":
+        """The run, offline if it cannot be had online; None, after a warning, if it cannot be had at all."""
+        for mode in dict.fromkeys((self.mode, "offline")):
+            try:
+                run = self._start(mode, config)
+                # Once more, so that it comes before wandb's own exit hook, which has no time limit.
+                atexit.register(self.finish, 1)
+            except Exception as error:
+                self._warn(f"could not start {mode} ({_one_line(error)})")
+            else:
+                self.mode, self.url = mode, run.url
+                return run
+        return None
+
+    def _start(self, mode: str, config: dict[str, Any]) -> "Run":
+        import wandb
+
+        # wandb is not to print, to prompt or to wrap stdout.
+        settings = wandb.Settings(silent=True, quiet=True, console="off", init_timeout=30.0)
+        wandb.setup(settings=settings)
+        try:
+            return wandb.init(**self._identity | {"mode": mode}, config=config, settings=settings)
+        except Exception:
+            # A helper process that failed to start a run does not let another use its id.
+            wandb.teardown(1)
+            raise
+
+    def _warn(self, what: str) -> None:
+        if not self._warned:
+            self._warned = True
+            _say(f"wandb {what}; training goes on, metrics.jsonl has everything")
+
+
+def _say(text: str) -> None:
+    logging.getLogger(__name__).warning(text)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _kill_service() -> None:
+    """Kills wandb's helper process and unhooks the exit hook that would wait for it for ever."""
+    try:
+        # There is no public way, and to import or ask wandb here might wait for the thread that hangs in it.
+        service = sys.modules["wandb.sdk.wandb_setup"]._singleton._connection
+        service._proc._process.kill()
+        service._cleanup()
+    except (AttributeError, KeyError):
+        # wandb did not come so far as to start one.
+        return
+
+
+def _run_id(path: Path, resume: bool) -> str:
+    """The id in `path` if the run is resumed and has one, else a new one, which is put there."""
+    if resume and path.exists() and (known := path.read_text().strip()):
+        return known
+    fresh = secrets.token_hex(4)
+    _replace(path, f"{fresh}\n".encode())
+    return fresh
+
+
+def choose_mode(mode: Mode, env: Mapping[str, str]) -> str:
+    """offline, online or disabled; auto takes WANDB_MODE if it is one of them, else online if logged in."""
+    if mode not in get_args(Mode):
+        raise ValueError(f"track.mode={mode} is unknown: take one of {', '.join(get_args(Mode))}")
+    wanted = env.get("WANDB_MODE", "") if mode == "auto" else mode
+    if wanted == "online" and not logged_in(env):
+        where = "WANDB_MODE" if mode == "auto" else "track.mode"
+        raise ValueError(f"{where}=online needs a login: run `wandb login`, or take track.mode=offline")
+    if wanted in ("offline", "online", "disabled"):
+        return wanted
+    return "online" if logged_in(env) else "offline"
+
+
+def logged_in(env: Mapping[str, str]) -> bool:
+    """Whether wandb would find a key in `env`, the netrc file or its settings file. Touches no network."""
+    if env.get("WANDB_API_KEY") or env.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    home = Path(env.get("HOME") or Path.home())
+    host = urlsplit(env.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    files = [Path(env["NETRC"])] if env.get("NETRC") else [home / ".netrc", home / "_netrc"]
+    for file in files:
+        try:
+            if netrc(file).hosts.get(host):
+                return True
+        except (OSError, NetrcParseError):
+            # No file, or one that wandb could not use either.
+            continue
+    settings = ConfigParser(interpolation=None)
+    try:
+        settings.read(Path(env.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb") / "settings")
+    except ConfigError:
+        return False
+    return any(settings.get(part, "api_key", fallback="") for part in settings.sections())
+
+
+def git_state(folder: Path, env: Mapping[str, str]) -> dict[str, str | bool]:
+    """{"commit": ..., "dirty": ...} of the checkout that tracks `folder`; {} if there is none."""
+    plain = {name: value for name, value in env.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+        done = subprocess.run(command, env=plain, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout
+
+    try:
+        if not git("ls-files", "."):
+            return {}
+        dirty = bool(git("status", "--porcelain", "--untracked-files=no").strip())
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": dirty}
+    except (OSError, subprocess.SubprocessError):
+        return {}
