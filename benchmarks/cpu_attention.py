@@ -62,9 +62,9 @@ def runners(case: Case) -> dict[str, Callable[[], Tensor]]:
         return attention(q, k, v, case.mask, at, at, backend="cpu")[0]
 
     def sdpa() -> Tensor:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
         causal = isinstance(case.mask, Causal)
-        return F.scaled_dot_product_attention(*heads_first, attn_mask=seen, is_causal=causal)
+        return F.scaled_dot_product_attention(qh, kh, vh, attn_mask=seen, is_causal=causal)
 
     def reference() -> Tensor:
         return attention(q, k, v, case.mask, at, at, backend="reference")[0]

@@ -1,4 +1,6 @@
-"""The door to the kernels: attention over local tokens, its raw halves for rings, merge, and the choice of backend."""
+"""The door to the kernels: attention over local tokens, its raw halves for rings, merge, and the choice of
+backend.
+"""
 
 from typing import Any, Literal
 
@@ -15,7 +17,9 @@ DEFAULT = AttentionOptions()
 
 
 def chosen(q: Tensor, options: AttentionOptions = DEFAULT, backend: Backend = "auto") -> str:
-    """The backend that will run: 'triton' on CUDA, 'cpu' on the CPU, 'reference' where those cannot, or the forced one."""
+    """The backend that will run: 'triton' on CUDA, 'cpu' on the CPU, 'reference' where those cannot, or the
+    forced one.
+    """
     if backend not in ("auto", "reference", "cpu", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: auto, reference, cpu, triton")
     if backend != "auto":
@@ -29,7 +33,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, at_q: Spans, at_k: Spans, *,
     options: AttentionOptions = DEFAULT, backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Partial result over these keys: out [B, Nq, Hq, D], lse [B, Hq, Nq] (None for sigmoid), float32 (float64 for float64).
+    """Partial result over these keys: out [B, Nq, Hq, D], lse [B, Hq, Nq] (None for sigmoid), float32
+    (float64 for float64).
 
     Not differentiable; a row without a visible key is out = 0, lse = -inf.
     """
@@ -49,9 +54,11 @@ def backward(
     dout: Tensor, delta: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None,
     mask: Mask, at_q: Spans, at_k: Spans, *, options: AttentionOptions = DEFAULT, backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv over these keys, float32 (float64 for float64); `lse` and `delta` are those of the *whole* row.
+    """dq, dk, dv over these keys, float32 (float64 for float64); `lse` and `delta` are those of the *whole*
+    row.
 
-    delta = rowsum(dout * out) - dlse, [B, Hq, Nq]; both None for sigmoid. Gradients over disjoint keys sum to the whole.
+    delta = rowsum(dout * out) - dlse, [B, Hq, Nq]; both None for sigmoid. Gradients over disjoint keys sum to
+    the whole.
     """
     check(q, k, v, at_q, at_k)
     if not total(at_q) or not total(at_k):
@@ -69,8 +76,8 @@ def backward(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, at: tuple[Spans, Spans], options: AttentionOptions,
-        backend: Backend,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, at: tuple[Spans, Spans],
+        options: AttentionOptions, backend: Backend,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         out, lse = forward(q, k, v, mask, *at, options=options, backend=backend)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -78,7 +85,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         mask, at, options, backend = ctx.rest
         delta = row_delta(dout, out, lse, dlse)
@@ -92,17 +99,20 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention of local queries over local keys: the partial (out, lse) of `forward`, both differentiable.
 
-    q [B, Nq, Hq, D], k, v [B, Nk, Hkv, D], Hq a multiple of Hkv; at_q, at_k: where the tokens sit. `out` stays float32
-    for half-precision inputs, so that partials can be merged before the one cast. Raises ValueError on shapes that do not fit.
+    q [B, Nq, Hq, D], k, v [B, Nk, Hkv, D], Hq a multiple of Hkv; at_q, at_k: where the tokens sit. `out`
+    stays float32 for half-precision inputs, so that partials can be merged before the one cast. Raises
+    ValueError on shapes that do not fit.
     """
     result: tuple[Tensor, Tensor | None] = _Attention.apply(q, k, v, mask, (at_q, at_k), options, backend)
     return result
 
 
 def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint key sets: out [B, T, H, D] and lse [B, H, T] (broadcastable) of each.
+    """Attention over the union of two disjoint key sets: out [B, T, H, D] and lse [B, H, T] (broadcastable)
+    of each.
 
-    lse = -inf (or a foreign kernel's +inf) means no visible key. Differentiable; dead rows make no NaN in values or gradients.
+    lse = -inf (or a foreign kernel's +inf) means no visible key. Differentiable; dead rows make no NaN in
+    values or gradients.
     """
     (out_a, lse_a), (out_b, lse_b) = a, b
     dead_a, dead_b = lse_a.isinf(), lse_b.isinf()
@@ -110,7 +120,8 @@ def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, T
     top = torch.maximum(torch.where(dead_a, low, lse_a), torch.where(dead_b, low, lse_b)).detach()
     both = top.isinf()
     top = top.masked_fill(both, 0.0)
-    # the infinities are replaced *before* exp and log: a where() afterwards would still multiply them into the gradient
+    # the infinities are replaced *before* exp and log: a where() afterwards would still multiply them into
+    # the gradient
     exp_a = torch.where(dead_a, 0.0, (torch.where(dead_a, top, lse_a) - top).exp())
     exp_b = torch.where(dead_b, 0.0, (torch.where(dead_b, top, lse_b) - top).exp())
     whole = torch.where(both, 1.0, exp_a + exp_b)
@@ -136,7 +147,9 @@ def nothing(q: Tensor, options: AttentionOptions = DEFAULT) -> tuple[Tensor, Ten
 
 
 def row_delta(dout: Tensor, out: Tensor, lse: Tensor | None, dlse: Tensor | None) -> Tensor | None:
-    """rowsum(dout * out) - dlse, [B, H, T], partial dtype; the dlse of a row without keys counts as 0. None for sigmoid."""
+    """rowsum(dout * out) - dlse, [B, H, T], partial dtype; the dlse of a row without keys counts as 0. None
+    for sigmoid.
+    """
     if lse is None:
         return None
     delta = (dout.to(out.dtype) * out).sum(-1).transpose(1, 2)
@@ -154,7 +167,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, at_q: Spans, at_k: Spans) -> None:
     """Refuse shapes, dtypes and spans that do not fit each other."""
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
-            f"q, k, v must be [batch, tokens, heads, head_dim] and k like v: {[*map(tuple, (q.shape, k.shape, v.shape))]}"
+            f"q, k, v must be [batch, tokens, heads, head_dim] and k like v, got {tuple(q.shape)}, "
+            f"{tuple(k.shape)}, {tuple(v.shape)}"
         )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head_dim")

@@ -1,38 +1,27 @@
 """Attention on the CPU: a mask cut into a few calls of torch's own flash operator, over blocks of tiles."""
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mask import Lowered, Mask, Range, Unsupported, lower, visible
+from .mask import Lowered, Mask, Unsupported
 from .options import AttentionOptions
-from .span import Span, Spans, cut
-from .tile import classify
+from .span import Spans
+from .steps import Step, steps
 
-CACHED = 2**24  # (query, key) pairs up to which a plan is kept: bounds the memory of the masks in it
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class Step(NamedTuple):
-    """One call of the operator: a run of local queries over runs of local keys."""
-
-    rows: slice
-    keys: Spans
-    causal: bool = False  # the i-th of the rows sees the j-th of the keys iff j <= i
-    seen: Tensor | None = None  # bool [rows, keys]; None: what `causal` says
-
-
 class Group(NamedTuple):
-    """Batch rows, query heads and kv heads that share a plan."""
+    """Batch rows, query heads and kv heads that share their steps."""
 
     batch: slice
     q_heads: slice
     kv_heads: slice
-    plan: Iterable[Step]
+    steps: Iterable[Step]
 
 
 class Work(NamedTuple):
@@ -44,16 +33,6 @@ class Work(NamedTuple):
     dout: Tensor
     out: Tensor
     lse: Tensor
-
-
-class Grid(NamedTuple):
-    """The tiles of one (batch row, kv head): their borders in local tokens, and how they are classified."""
-
-    low: Lowered
-    q: list[int]
-    k: list[int]
-    full: Tensor  # bool [q tiles, k tiles]
-    partial: Tensor
 
 
 def supports(q: Tensor, options: AttentionOptions) -> bool:
@@ -72,9 +51,9 @@ def forward(
     at_k: Spans,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, Nq, Hq, D], k, v [B, Nk, Hkv, D] -> out [B, Nq, Hq, D], lse [B, Hq, Nq]; float32, or float64 for it.
+    """q [B, Nq, Hq, D], k, v [B, Nk, Hkv, D] -> out [B, Nq, Hq, D], lse [B, Hq, Nq] in the partial dtype.
 
-    Half precision is computed in float32: the operator would round `out`, a partial result, to the inputs' dtype.
+    Half precision is computed in float32: the operator would round `out`, a partial result, to its dtype.
     """
     _refuse(q, options)
     scale = options.scaling(q.shape[-1])
@@ -83,10 +62,10 @@ def forward(
     lse = q.new_full(q.shape[:3], float("-inf"))
     for group in _groups(mask, low, at_q, at_k, q.shape[1]):
         written = 0
-        for step in group.plan:
+        for step in group.steps:
             at_rows = group.batch, group.q_heads, step.rows
-            keys = (_take(x[group.batch, group.kv_heads], step.keys) for x in (k, v))
-            part = _operate(q[at_rows], *keys, step, scale)
+            own_k, own_v = (_take(x[group.batch, group.kv_heads], step.keys) for x in (k, v))
+            part = _operate(q[at_rows], own_k, own_v, step, scale)
             if step.rows.stop > written:
                 out[at_rows], lse[at_rows] = part
             else:
@@ -99,7 +78,7 @@ def backward(
     dout: Tensor, delta: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, mask: Mask,
     low: Lowered, at_q: Spans, at_k: Spans, options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv over these keys from the whole row's lse and delta [B, Hq, Nq]; float32, or float64 for it."""
+    """dq, dk, dv over these keys in the partial dtype, from the whole row's lse and delta [B, Hq, Nq]."""
     _refuse(q, options)
     assert lse is not None and delta is not None
     scale = options.scaling(q.shape[-1])
@@ -137,12 +116,12 @@ def _groups(mask: Mask, low: Lowered, at_q: Spans, at_k: Spans, q_heads: int) ->
     rows, kv_heads = low.tables_q.shape[1], len(low.heads)
     heads = kv_heads if mask.per_head else 1
     shares = q_heads // heads, kv_heads // heads
-    make = _kept_plan if len(low.q) * len(low.k) <= CACHED else plan
     for row in range(rows):
         batch = slice(row, row + 1) if rows > 1 else slice(None)
         for head in range(heads):
-            own = (slice(head * n, (head + 1) * n) for n in shares)
-            yield Group(batch, *own, make(mask, at_q, at_k, kv_heads, (row, head)))
+            own, own_kv = (slice(head * n, (head + 1) * n) for n in shares)
+            found = steps(mask, at_q, at_k, kv_heads=kv_heads, group=(row, head))
+            yield Group(batch, own, own_kv, found)
 
 
 def _operate(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> tuple[Tensor, Tensor]:
@@ -163,7 +142,7 @@ def _sweep(work: Work, groups: Iterable[Group], scale: float) -> list[Tensor]:
             x[group.batch, heads]
             for x, heads in zip(grads, (group.q_heads, group.kv_heads, group.kv_heads), strict=True)
         )
-        for step in group.plan:
+        for step in group.steps:
             at_rows = group.batch, group.q_heads, step.rows
             k, v = (_take(x[group.batch, group.kv_heads], step.keys) for x in (work.k, work.v))
             q, dout, out, lse = (x[at_rows] for x in (work.q, work.dout, work.out, work.lse))
@@ -218,168 +197,3 @@ def _take(x: Tensor, keys: Spans) -> Tensor:
 def _put(target: Tensor, keys: Spans, grad: Tensor) -> None:
     for s, part in zip(keys, grad.split([s.length for s in keys], 2), strict=True):
         target[:, :, s.start : s.start + s.length] += part
-
-
-@lru_cache(maxsize=32)
-def _kept_plan(
-    mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, group: tuple[int, int]
-) -> tuple[Step, ...]:
-    return tuple(plan(mask, at_q, at_k, kv_heads, group))
-
-
-def plan(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, group: tuple[int, int]) -> Iterator[Step]:
-    """The steps of one (batch row, kv head), rows ascending; steps of the same rows follow each other."""
-    grid = _grid(mask, at_q, at_k, kv_heads, group)
-    first = 0
-    last: Tensor | None = None
-    while first < len(grid.q) - 1:
-        count, steps = _next_steps(grid, first)
-        for step in steps:
-            # windows look alike in every row: hold the mask once
-            alike = step.seen is not None and last is not None and torch.equal(step.seen, last)
-            last = last if alike else step.seen
-            yield step._replace(seen=last)
-        first += count
-
-
-def _grid(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, group: tuple[int, int]) -> Grid:
-    low = lower(mask, at_q, at_k, kv_heads, torch.device("cpu"))
-    row, head = group
-    low = low._replace(
-        heads=low.heads[head : head + 1],
-        tables_q=low.tables_q[:, row : row + 1],
-        tables_k=low.tables_k[:, row : row + 1],
-    )
-    tile = 128 if max(len(low.q), len(low.k)) <= 2048 else 256
-    q = _borders(at_q, low.tables_q, tile)
-    k = _borders(at_k, low.tables_k, tile)
-    some, every = classify(mask, _bounds(low.q, q), _bounds(low.k, k), kv_heads)
-    some, every = some[row, head], every[row, head]
-    return Grid(low, q, k, every, some & ~every)
-
-
-def _borders(spans: Spans, tables: Tensor, tile: int) -> list[int]:
-    """Where tiles begin and end: where spans and documents end, so that few are partial; else every `tile` tokens."""
-    n = tables.shape[-1]
-    changes = (tables[:, 0, 1:] != tables[:, 0, :-1]).any(0).nonzero().flatten() + 1
-    ends, at = set(changes.tolist()) | {n}, 0
-    for span in spans:
-        at += span.length
-        ends.add(at)
-    borders = [0]
-    for end in sorted(ends):
-        if end == n or end - borders[-1] >= tile // 4:
-            borders += [*range(borders[-1] + tile, end, tile), end]
-    return borders
-
-
-def _bounds(at: Tensor, borders: list[int]) -> Range:
-    size = torch.tensor(borders).diff()
-    tile = torch.repeat_interleave(torch.arange(len(size)), size)
-    empty = torch.zeros(len(size), dtype=torch.int64)
-    return Range(
-        *(empty.scatter_reduce(0, tile, at.long(), how, include_self=False) for how in ("amin", "amax"))
-    )
-
-
-def _next_steps(grid: Grid, i: int) -> tuple[int, list[Step]]:
-    """How many rows of tiles, from row i, and the steps that do them."""
-    n = _triangle(grid, i)
-    if n:
-        c = int(grid.partial[i].nonzero()[0])
-        steps = [Step(_rows(grid, i, n), _keys(grid.k, list(range(c, c + n))), causal=True)]
-    elif grid.partial[i].any():
-        n, steps = 1, _masked(grid, i)
-        return n, steps
-    else:
-        n, steps = _alike(grid, i), []
-    columns = grid.full[i].nonzero().flatten().tolist()
-    return n, [Step(_rows(grid, i, n), _keys(grid.k, columns)), *steps] if columns else steps
-
-
-def _triangle(grid: Grid, i: int) -> int:
-    """Rows of tiles from i on that see the same full tiles and an exactly causal triangle; 0 for none."""
-    if grid.partial[i].sum() != 1:
-        return 0
-    c, n = int(grid.partial[i].nonzero()[0]), 0
-    full, partial = grid.full[i].clone(), grid.partial[i].clone()
-    while (
-        i + n < len(grid.full)
-        and torch.equal(grid.full[i + n], full)
-        and torch.equal(grid.partial[i + n], partial)
-    ):
-        if not _diagonal(grid, i + n, c + n):
-            break
-        full[c + n], partial[c + n] = True, False
-        n += 1
-        if c + n == len(full):
-            break
-        partial[c + n] = True
-    return n
-
-
-def _diagonal(grid: Grid, i: int, j: int) -> bool:
-    size = grid.q[i + 1] - grid.q[i]
-    return size == grid.k[j + 1] - grid.k[j] and torch.equal(_seen(grid, i, j), _tril(size))
-
-
-def _tril(size: int) -> Tensor:
-    return torch.ones(size, size, dtype=torch.bool).tril()
-
-
-def _alike(grid: Grid, i: int) -> int:
-    """Rows of tiles from i on with the same full tiles and no partial ones."""
-    n = 1
-    while (
-        i + n < len(grid.full)
-        and not grid.partial[i + n].any()
-        and torch.equal(grid.full[i + n], grid.full[i])
-    ):
-        n += 1
-    return n
-
-
-def _masked(grid: Grid, i: int) -> list[Step]:
-    """The steps of one row of tiles with partial ones."""
-    rows, full = _rows(grid, i, 1), grid.full[i]
-    size = torch.tensor(grid.k).diff()
-    steps, columns = [], (full | grid.partial[i]).nonzero().flatten().tolist()
-    if size[full].sum() > 4 * size[grid.partial[i]].sum():
-        # a call more costs less than a mask over everything
-        steps.append(Step(rows, _keys(grid.k, full.nonzero().flatten().tolist())))
-        columns = grid.partial[i].nonzero().flatten().tolist()
-    high = rows.stop - rows.start
-    known = torch.ones(high, int(size.max()), dtype=torch.bool)
-    seen = torch.cat([known[:, : size[j]] if full[j] else _seen(grid, i, j) for j in columns], 1)
-    alive = seen.any(0).nonzero().flatten().tolist()
-    if not alive:
-        return steps
-    keys = cut(_keys(grid.k, columns), alive[0], alive[-1] + 1)
-    seen = seen[:, alive[0] : alive[-1] + 1]
-    if seen.all():
-        return [*steps, Step(rows, keys)]
-    causal = seen.shape == (high, high) and torch.equal(seen, _tril(high))
-    return [*steps, Step(rows, keys, causal, None if causal else seen)]
-
-
-def _rows(grid: Grid, i: int, n: int) -> slice:
-    return slice(grid.q[i], grid.q[i + n])
-
-
-def _keys(borders: list[int], columns: list[int]) -> Spans:
-    """Runs of local keys in these tiles."""
-    runs: list[Span] = []
-    for j in columns:
-        start, stop = borders[j], borders[j + 1]
-        if runs and runs[-1].start + runs[-1].length == start:
-            start = runs.pop().start
-        runs.append(Span(start, stop - start))
-    return tuple(runs)
-
-
-def _seen(grid: Grid, i: int, j: int) -> Tensor:
-    """The predicate on one tile: bool [queries, keys]."""
-    q, k = slice(*grid.q[i : i + 2]), slice(*grid.k[j : j + 2])
-    low = grid.low
-    part = low._replace(q=low.q[q], k=low.k[k], tables_q=low.tables_q[..., q], tables_k=low.tables_k[..., k])
-    return visible(part)[0, 0].expand(len(part.q), len(part.k))

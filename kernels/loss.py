@@ -1,4 +1,4 @@
-"""Linear layer and cross entropy in one: the loss of [N, D] activations without ever holding [N, V] logits."""
+"""Linear layer and cross entropy in one: the loss of [N, D] activations, never holding [N, V] logits."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -19,12 +19,13 @@ def linear_cross_entropy(
     x: Tensor, weight: Tensor, labels: Tensor, *,
     denominator: Tensor | float, chunk: int = 4096, ignore_index: int = -100, z_loss: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """Sum over valid tokens of (cross entropy + z_loss * lse^2), over `denominator`: a float32 scalar (float64 for float64).
+    """Sum over valid tokens of (cross entropy + z_loss * lse^2) / denominator: float32 (float64 for float64).
 
-    x [N, D], weight [V, D], labels int64 [N]; a token is valid unless its label is `ignore_index`. denominator: the
-    *global* number of valid tokens, so that the losses of all ranks add up to the mean; 0 counts as 1. chunk: tokens whose
-    logits are held at once. Both gradients are made in the forward pass, that of `weight` summed in float32. Under autocast
-    the matmuls run in its dtype, the softmax in float32. z-loss: PaLM (Chowdhery et al. 2022), section 5.
+    x [N, D], weight [V, D], labels int64 [N]; a token is valid unless its label is `ignore_index`.
+    denominator: the *global* number of valid tokens, so that the losses of all ranks add up to the mean; 0
+    counts as 1. chunk: tokens whose logits are held at once. The gradients are made in the forward pass, that
+    of `weight` summed in float32. Under autocast the matmuls run in its dtype, the softmax in float32.
+    z-loss: PaLM (Chowdhery et al. 2022), section 5. ValueError for shapes, dtypes and labels that do not fit.
     """
     _check(x, weight, labels, chunk, ignore_index)
     terms = _Terms(chunk, ignore_index, z_loss, torch.is_grad_enabled())
@@ -84,7 +85,7 @@ def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
 
 
 def _logits(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits in the partial dtype [n, V], which tokens are valid [n], and labels that can be gathered with [n, 1]."""
+    """Logits [n, V] in the partial dtype, valid tokens [n], and labels [n, 1] to gather with."""
     logits = x @ weight.mT
     valid = labels != ignore_index
     return logits.to(torch.promote_types(x.dtype, torch.float32)), valid, labels.where(valid, 0)[:, None]

@@ -1,7 +1,7 @@
 """Which keys a query may see: frozen values over global positions and kv heads, combined with `&` and `|`.
 
-A mask is said three times, each for another reader, and the tests hold the three together:
-its *predicate* (one `triton.jit` function made of operators only, which the reference evaluates on torch tensors and the
+A mask is said three times, each for another reader, and the tests hold the three together: its *predicate*
+(one `triton.jit` function made of operators only, which the reference evaluates on torch tensors and the
 kernels inline), its *parameters* (run-time numbers, so that no kernel is recompiled when one changes) and its
 *classification* of a tile from the bounds of the positions in it.
 """
@@ -30,7 +30,9 @@ class Unsupported(ValueError):
 
 
 class Range(NamedTuple):
-    """Least and greatest position in each tile, both inclusive: int64, broadcastable over [batch, head, q tile, k tile]."""
+    """Least and greatest position in each tile, both inclusive: int64, broadcastable over [batch, head, q
+    tile, k tile].
+    """
 
     low: Tensor
     high: Tensor
@@ -38,7 +40,9 @@ class Range(NamedTuple):
 
 @dataclass
 class Frame:
-    """What lowering a mask collects: positions of the held tokens, int64 [1 or batch, tokens], and what it found."""
+    """What lowering a mask collects: positions of the held tokens, int64 [1 or batch, tokens], and what it
+    found.
+    """
 
     q: Tensor
     k: Tensor
@@ -62,7 +66,9 @@ class Mask(ABC):
         return _compose(Or, self, other)
 
     def heads(self, kv_indices: Sequence[int], of: int) -> "Mask":
-        """The same mask for a tensor whose kv head i is the global kv head `kv_indices[i]` of `of`; repeats allowed."""
+        """The same mask for a tensor whose kv head i is the global kv head `kv_indices[i]` of `of`; repeats
+        allowed.
+        """
         return Bound(self, tuple(kv_indices), of)
 
     def batch(self) -> int:
@@ -75,7 +81,9 @@ class Mask(ABC):
 
     @abstractmethod
     def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
-        """(some, every), bool: `some` false means surely empty, `every` true means surely full. head: int64 [1, H, 1, 1]."""
+        """(some, every), bool: `some` false means surely empty, `every` true means surely full. head: int64
+        [1, H, 1, 1].
+        """
 
 
 @dataclass(frozen=True)
@@ -183,10 +191,11 @@ Offsets = tuple[int, ...] | tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Documents(Mask):
-    """q and k in the same document, and `inner` (None: no more condition) holds at their positions *within* it.
+    """q and k in the same document, and `inner` (None: no more condition) holds at their positions *within*
+    it.
 
-    offsets: the sorted starts of the documents, the first 0; `[n]` for all rows of the batch or `[batch, n]` padded at the
-    end with the length. A tensor or nested lists are taken too and kept as tuples.
+    offsets: the sorted starts of the documents, the first 0; `[n]` for all rows of the batch or `[batch, n]`
+    padded at the end with the length. A tensor or nested lists are taken too and kept as tuples.
     """
 
     offsets: Offsets
@@ -195,7 +204,8 @@ class Documents(Mask):
     def __post_init__(self) -> None:
         raw = self.offsets.tolist() if isinstance(self.offsets, Tensor) else self.offsets
         nested = len(raw) > 0 and not isinstance(raw[0], int)
-        rows = [tuple(int(x) for x in row) for row in (raw if nested else [raw])]
+        listed: Any = raw if nested else [raw]
+        rows = [tuple(int(x) for x in row) for row in listed]
         for row in rows:
             if not row or row[0] != 0 or any(a > b for a, b in zip(row, row[1:], strict=False)):
                 raise ValueError(f"Documents.offsets must be sorted starts from 0, got {row[:8]}")
@@ -214,7 +224,7 @@ class Documents(Mask):
         return f"Documents({sum(len(set(r)) for r in rows)} in {len(rows)} row(s), inner={self.inner})"
 
     def rows(self) -> tuple[tuple[int, ...], ...]:
-        return self.offsets if isinstance(self.offsets[0], tuple) else (self.offsets,)  # type: ignore[return-value]
+        return self.offsets if isinstance(self.offsets[0], tuple) else (self.offsets,)
 
     @property
     def shift_invariant(self) -> bool:  # type: ignore[override]
@@ -229,7 +239,9 @@ class Documents(Mask):
         return max(own, self.inner.batch() if self.inner else 1)
 
     def starts(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        """Start and number of the document at each position: at int64 [1 or batch, ...] -> two int64 [rows or batch, ...]."""
+        """Start and number of the document at each position: at int64 [1 or batch, ...] -> two int64 [rows or
+        batch, ...].
+        """
         offsets = torch.tensor(self.rows(), device=at.device)
         rows = max(offsets.shape[0], at.shape[0])
         offsets, at = offsets.expand(rows, -1).contiguous(), at.expand(rows, *at.shape[1:])
@@ -255,7 +267,8 @@ class Documents(Mask):
         if self.inner is None:
             return some, every
         if not self.inner.shift_invariant:
-            # a tile that spans documents holds positions from 0; its greatest is bounded by the one before the cut
+            # a tile that spans documents holds positions from 0; its greatest is bounded by the one before
+            # the cut
             q = Range(torch.where(a == b, q.low - q0, 0), q.high - q0)
             k = Range(torch.where(c == d, k.low - k0, 0), k.high - k0)
         inner_some, inner_every = self.inner.classify(q, k, head, of)
@@ -376,7 +389,9 @@ class Lowered(NamedTuple):
 
 @lru_cache(maxsize=64)
 def lower(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, device: torch.device) -> Lowered:
-    """Tree, numbers and per-token data of a mask for queries at `at_q` and keys at `at_k`. Cached by value."""
+    """Tree, numbers and per-token data of a mask for queries at `at_q` and keys at `at_k`. Cached by
+    value.
+    """
     heads, of = bound_heads(mask, kv_heads)
     q, k = positions(at_q, device), positions(at_k, device)
     frame = Frame(q[None], k[None], of)

@@ -6,10 +6,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """scale: of q k^T, None is head_dim ** -0.5. softcap: cap * tanh(score / cap), 0 is off (Gemma 2, section 2).
+    """scale: of q k^T, None is head_dim ** -0.5. softcap: cap * tanh(score / cap), 0 is off (Gemma 2, section
+    2).
 
-    normalizer: softmax, or elementwise sigmoid (FlashSigmoid, Ramapuram et al. 2024), which has no lse and whose partial
-    results add. bias: sigmoid's only, -log of the *global* length; it is never taken from the shape of k.
+    normalizer: softmax, or elementwise sigmoid (FlashSigmoid, Ramapuram et al. 2024), which has no lse and
+    whose partial results add. bias: sigmoid's only, -log of the *global* length; it is never taken from the
+    shape of k.
     """
 
     scale: float | None = None

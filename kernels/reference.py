@@ -11,7 +11,9 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, low: Lowered, options: AttentionOptions) -> Pair:
-    """q [B, Nq, Hq, D], k, v [B, Nk, Hkv, D] -> out [B, Nq, Hq, D], lse [B, Hq, Nq] (None for sigmoid), partial dtype."""
+    """q [B, Nq, Hq, D], k, v [B, Nk, Hkv, D] -> out [B, Nq, Hq, D], lse [B, Hq, Nq] (None for sigmoid),
+    partial dtype.
+    """
     with _exact(q):
         qh, kh, vh = _heads_first(q, k, v)
         s = _scores(qh, kh, low, options)
@@ -26,7 +28,9 @@ def backward(
     dout: Tensor, delta: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, low: Lowered,
     options: AttentionOptions,
 ) -> Triple:  # fmt: skip
-    """Gradients over these keys; `lse` and `delta` [B, Hq, Nq] are those of the whole row, so parts sum to the whole."""
+    """Gradients over these keys; `lse` and `delta` [B, Hq, Nq] are those of the whole row, so parts sum to
+    the whole.
+    """
     with _exact(q):
         qh, kh, vh = _heads_first(q, k, v)
         g = dout.to(qh.dtype).transpose(1, 2)
@@ -40,7 +44,8 @@ def backward(
             p = (s - lse.clamp_min(torch.finfo(s.dtype).min)[..., None]).exp()
             ds = p * (dp - delta[..., None])
         if options.softcap:
-            # the derivative of softcap * tanh(x / softcap), from its value; masked scores are -inf and carry nothing
+            # the derivative of softcap * tanh(x / softcap), from its value; masked scores are -inf and carry
+            # nothing
             ds = ds * (1 - (s.masked_fill(s.isinf(), 0.0) / options.softcap) ** 2)
         ds = ds * options.scaling(q.shape[-1])
         groups = (k.shape[2], -1)

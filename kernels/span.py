@@ -11,8 +11,8 @@ from torch import Tensor
 class Span:
     """`length` global positions from `start`: runs of `run` neighbours, a new run every `step` positions.
 
-    `Span(8, 4)` is 8 9 10 11; `Span(1, 4, run=1, step=3)` is 1 4 7 10; `Span(0, 4, run=2, step=6)` is 0 1 6 7.
-    Without `run` and `step` the positions are contiguous. The last run may be cut short by `length`.
+    `Span(8, 4)` is 8 9 10 11; `Span(1, 4, run=1, step=3)` is 1 4 7 10; `Span(0, 4, run=2, step=6)` is 0 1 6
+    7. Without `run` and `step` the positions are contiguous. The last run may be cut short by `length`.
     """
 
     start: int
@@ -67,7 +67,9 @@ def positions(spans: Sequence[Span], device: torch.device | None = None) -> Tens
 
 
 def bounds(spans: Sequence[Span], tile: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Least and greatest position in each tile of `tile` held tokens (the last tile may be short): two int64 [tiles]."""
+    """Least and greatest position in each tile of `tile` held tokens (the last tile may be short): two int64
+    [tiles].
+    """
     at = positions(spans, device)
     short = -len(at) % tile
     if short:

@@ -13,10 +13,11 @@ CELLS = 2**24  # tile pairs classified at once: bounds the memory of building a 
 
 
 class Tiles(NamedTuple):
-    """For each row of tiles, the columns it must visit: the full ones first, then the partial ones, each ascending.
+    """For each row of tiles, the columns it must visit: the full ones first, then the partial ones, each
+    ascending.
 
-    Row r = (b * heads + h) * tiles + i. Forward and dQ have query tiles as rows; the transposed lists have key tiles.
-    `batch` and `heads` are 1 where the mask does not tell them apart.
+    Row r = (b * heads + h) * tiles + i. Forward and dQ have query tiles as rows; the transposed lists have
+    key tiles. `batch` and `heads` are 1 where the mask does not tell them apart.
     """
 
     batch: int
@@ -25,12 +26,14 @@ class Tiles(NamedTuple):
     columns: int
     start: Tensor  # int32 [batch * heads * rows + 1]: where each row's list starts
     full: Tensor  # int32 [batch * heads * rows]: how many of a row's tiles are full
-    index: Tensor  # int32 [listed tiles]: columns
+    index: Tensor  # type: ignore[assignment]  # int32 [listed tiles]: columns; tuple has an index() too
     order: Tensor  # int32 [batch * heads * rows]: rows, longest first
 
 
 def classify(mask: Mask, q: Range, k: Range, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """(some, every), bool [1 or batch, 1 or heads, q tiles, k tiles], from the bounds of tiles: q, k int64 [tiles]."""
+    """(some, every), bool [1 or batch, 1 or heads, q tiles, k tiles], from the bounds of tiles: q, k int64
+    [tiles].
+    """
     heads, of = bound_heads(mask, kv_heads)
     if not mask.per_head:
         heads = heads[:1]
@@ -53,7 +56,9 @@ def tiles(
     transpose: bool,
     device: torch.device,
 ) -> Tiles:
-    """Lists of tiles of `size` (queries, keys) held tokens. Built on `device`; never from a matrix of tokens."""
+    """Lists of tiles of `size` (queries, keys) held tokens. Built on `device`; never from a matrix of
+    tokens.
+    """
     q, k = Range(*bounds(at_q, size[0], device)), Range(*bounds(at_k, size[1], device))
     rows, columns = (len(k.low), len(q.low)) if transpose else (len(q.low), len(k.low))
     groups = mask.batch() * (kv_heads if mask.per_head else 1)
@@ -72,7 +77,9 @@ def tiles(
 
 
 def _listed(some: Tensor, every: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts of listed and full tiles, [batch, heads, rows], and the columns, [listed], in row order, full ones first."""
+    """Counts of listed and full tiles, [batch, heads, rows], and the columns, [listed], in row order, full
+    ones first.
+    """
     full, partial = every, some & ~every
     both = torch.cat((full, partial), -1)
     index = both.nonzero()[:, -1] % some.shape[-1]
@@ -105,7 +112,9 @@ def needed(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, *, tile: int = 1
 
 
 def area(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, *, tile: int = 128) -> int:
-    """Visible (query, key) pairs, summed over the mask's batch rows and averaged over kv heads, rounded down."""
+    """Visible (query, key) pairs, summed over the mask's batch rows and averaged over kv heads, rounded
+    down.
+    """
     if not total(at_q) or not total(at_k):
         return 0
     low = lower(mask, at_q, at_k, kv_heads, torch.device("cpu"))
@@ -133,7 +142,9 @@ def listed(lists: Tiles) -> list[tuple[int, int, bool]]:
 
 
 def tile_visible(low: Lowered, group: int, heads: int, at: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """The predicate on one tile of one (batch, head) group: bool, broadcast to [size q, size k] (less at the ends)."""
+    """The predicate on one tile of one (batch, head) group: bool, broadcast to [size q, size k] (less at the
+    ends).
+    """
     row, head = divmod(group, heads)
     q, k = (slice(i * n, (i + 1) * n) for i, n in zip(at, size, strict=True))
     row = min(row, low.tables_q.shape[1] - 1)

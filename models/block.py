@@ -10,7 +10,9 @@ from .rope import rotate
 
 
 class Attend(Protocol):
-    """Attention over the whole sequence for the tokens held here; the trainer binds it to a layout and a placement."""
+    """Attention over the whole sequence for the tokens held here; the trainer binds it to a layout and a
+    placement.
+    """
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """q [B, T, Hq, D], k, v [B, T, Hkv, D] -> [B, T, Hq, D]."""
@@ -18,7 +20,9 @@ class Attend(Protocol):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention (Ainslie et al. 2023) with RoPE and, if asked, RMS-normalised queries and keys."""
+    """Grouped-query self-attention (Ainslie et al. 2023) with RoPE and, if asked, RMS-normalised queries and
+    keys.
+    """
 
     def __init__(
         self, dim: int, *, heads: int, kv_heads: int, head_dim: int, qk_norm: bool, eps: float

@@ -26,17 +26,19 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder of the Llama family: RMSNorm, RoPE, grouped queries, SwiGLU (Touvron et al. 2023; Llama team 2024).
+    """Decoder of the Llama family: RMSNorm, RoPE, grouped queries, SwiGLU (Touvron et al. 2023; Llama team
+    2024).
 
-    vocab: None in a config takes the data's, so that here it must be a number. dim, layers, heads: as usual. kv_heads: None means heads. head_dim: None means dim // heads. hidden: width inside
-    the MLP. mask: one for every layer, or one a layer. tied: the output layer is the embedding. predecessor: each token also
-    sees the one before it through a learned mix, which the trainer takes before sharding. recompute: keep only each block's
-    input for the backward. Nothing here knows of ranks.
+    vocab: None in a config takes the data's, so that here it must be a number. dim, layers, heads: as usual.
+    kv_heads: None means heads. head_dim: None means dim // heads. hidden: width inside the MLP. mask: one for
+    every layer, or one a layer. tied: the output layer is the embedding. predecessor: each token also sees
+    the one before it through a learned mix, which the trainer takes before sharding. recompute: keep only
+    each block's input for the backward. Nothing here knows of ranks.
     """
 
     def __init__(
-        self, vocab: int | None, dim: int, layers: int, heads: int, hidden: int, *, kv_heads: int | None = None,
-        head_dim: int | None = None, rope: Rope | None = None, mask: Mask | Sequence[Mask] | None = None,
+        self, vocab: int | None, dim: int, layers: int, heads: int, hidden: int, *,
+        kv_heads: int | None = None, head_dim: int | None = None, rope: Rope | None = None, mask: Mask | Sequence[Mask] | None = None,
         tied: bool = True, qk_norm: bool = False, predecessor: bool = False, recompute: bool = False,
         eps: float = 1e-5, init_std: float = 0.02,
     ) -> None:  # fmt: skip
@@ -79,7 +81,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset(self, std: float) -> None:
-        """Normal weights of `std`, those that write to the residual stream divided by sqrt(2 layers) (GPT-2)."""
+        """Normal weights of `std`, those that write to the residual stream divided by sqrt(2 layers)
+        (GPT-2).
+        """
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 narrow = name.endswith(("attention.o.weight", "mlp.down.weight"))
@@ -91,10 +95,11 @@ class GPT(nn.Module):
         self, tokens: Tensor, positions: Tensor, attend: Attend, *, offsets: Offsets | None = None,
         previous: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """tokens int64 [B, T] held here at global `positions` int64 [T] -> hidden states [B, T, dim] for `head`.
+        """tokens int64 [B, T] held here at global `positions` int64 [T] -> hidden states [B, T, dim] for
+        `head`.
 
-        offsets: starts of packed documents in the whole sequence (see `Documents`). previous: the token before each one in
-        its document, -1 for none; needed with predecessor=True.
+        offsets: starts of packed documents in the whole sequence (see `Documents`). previous: the token
+        before each one in its document, -1 for none; needed with predecessor=True.
         """
         x = self.embed(tokens)
         if self.mix is not None:

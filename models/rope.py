@@ -12,9 +12,10 @@ from torch import Tensor
 class Rope:
     """Rotary embedding (Su et al. 2021) in the half-split convention of Llama.
 
-    theta: base of the wavelengths. scaling 'linear' divides positions by `factor` (Chen et al. 2023); 'yarn' divides only
-    long wavelengths and warms the scores (Peng et al. 2023, section 3): `original` is the context length trained before,
-    `beta_fast`, `beta_slow` the turns within it above which a dimension is kept and below which it is divided.
+    theta: base of the wavelengths. scaling 'linear' divides positions by `factor` (Chen et al. 2023); 'yarn'
+    divides only long wavelengths and warms the scores (Peng et al. 2023, section 3): `original` is the
+    context length trained before, `beta_fast`, `beta_slow` the turns within it above which a dimension is
+    kept and below which it is divided.
     """
 
     theta: float = 10_000.0
@@ -62,14 +63,18 @@ class Rope:
         return 0.1 * log(self.factor) + 1.0 if self.scaling == "yarn" else 1.0
 
     def angles(self, positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-        """cos and sin at global `positions` [T]: two float32 [T, 1, head_dim // 2], the same for every layer."""
+        """cos and sin at global `positions` [T]: two float32 [T, 1, head_dim // 2], the same for every
+        layer.
+        """
         # float64: at a million tokens a float32 product is off by 0.06 radians
         angle = positions.double()[:, None] * self.frequencies(head_dim, positions.device).double()
         return (angle.cos() * self.warmth).float()[:, None], (angle.sin() * self.warmth).float()[:, None]
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """x [B, T, H, D] turned by `Rope.angles`; computed in float32 (float64 for float64), returned in x's dtype."""
+    """x [B, T, H, D] turned by `Rope.angles`; computed in float32 (float64 for float64), returned in x's
+    dtype.
+    """
     cos, sin = angles
     a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)

@@ -25,7 +25,9 @@ class Traffic:
 
 
 class Pending:
-    """Posted transfers. The tensors stay alive until `wait`, which also the sender must call before reusing them."""
+    """Posted transfers. The tensors stay alive until `wait`, which also the sender must call before reusing
+    them.
+    """
 
     def __init__(self, works: list[dist.Work], tensors: list[Tensor]) -> None:
         self._works, self._tensors = works, tensors
@@ -43,7 +45,8 @@ Edge = tuple[Tensor, int]  # contiguous tensor, peer's rank in the group
 def post(
     group: dist.ProcessGroup, sends: Sequence[Edge], receives: Sequence[Edge], traffic: Traffic
 ) -> Pending:
-    """Starts point-to-point transfers with ranks of `group`; messages between two ranks arrive in the order of posting.
+    """Starts point-to-point transfers with ranks of `group`; messages between two ranks arrive in the order
+    of posting.
 
     Both ends must derive the edge from the same data: a send without its receive never ends.
     """

@@ -18,18 +18,23 @@ DEFAULT = AttentionOptions()
 class Layout(Protocol):
     """Attention over a sequence that `size` ranks hold together; `rank` is this one's place among them.
 
-    `attention` gives for the tokens held here exactly what one device would give with the same mask, or raises `Unsupported`.
+    `attention` gives for the tokens held here exactly what one device would give with the same mask, or
+    raises `Unsupported`.
     """
 
     rank: int
     size: int
-    group: (
-        dist.ProcessGroup | None
-    )  # the ranks of one sequence, in the order of the placement; None for one rank alone
     traffic: Traffic
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks of one sequence, in the order of the placement; None for one rank alone."""
+        ...
+
     def place(self, length: int, mask: Mask) -> Placement:
-        """Who holds what of `length` positions; lengths need not divide by anything, a rank may hold nothing."""
+        """Who holds what of `length` positions; lengths need not divide by anything, a rank may hold
+        nothing.
+        """
         ...
 
     def attention(
@@ -42,7 +47,9 @@ class Layout(Protocol):
         *,
         options: AttentionOptions = DEFAULT,
     ) -> tuple[Tensor, Tensor | None]:
-        """Local q [B, N, Hq, D], k, v [B, N, Hkv, D] -> (out like q, lse [B, Hq, N] or None for sigmoid), differentiable."""
+        """Local q [B, N, Hq, D], k, v [B, N, Hkv, D] -> (out like q, lse [B, Hq, N] or None for sigmoid),
+        differentiable.
+        """
         ...
 
 

@@ -15,8 +15,9 @@ Degree = int | Literal["auto"]
 class Mesh:
     """Degrees of the axes; `auto` takes what is left of the world.
 
-    With several `auto`, `head` beside `ring` takes the largest divisor that fits a node and is at most 8, `ring` the rest,
-    and dp whatever the other axes leave. The innermost axes, tp and head, stay inside a node when their product divides it.
+    With several `auto`, `head` beside `ring` takes the largest divisor that fits a node and is at most 8,
+    `ring` the rest, and dp whatever the other axes leave. The innermost axes, tp and head, stay inside a node
+    when their product divides it.
     """
 
     dp: Degree = "auto"
@@ -33,7 +34,9 @@ class Mesh:
                 )
 
     def degrees(self, world: int, node: int | None = None) -> dict[str, int]:
-        """The degree of each axis for `world` processes, `node` of them on a machine. ValueError if they do not fit."""
+        """The degree of each axis for `world` processes, `node` of them on a machine. ValueError if they do
+        not fit.
+        """
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         fixed = prod(d for d in given.values() if d != "auto")
         if world % fixed or (world != fixed and "auto" not in given.values()):
@@ -54,7 +57,9 @@ class Mesh:
         return given
 
     def build(self, device: str, *, node: int | None = None) -> DeviceMesh:
-        """The DeviceMesh over the initialised process group; every group has run one collective when this returns."""
+        """The DeviceMesh over the initialised process group; every group has run one collective when this
+        returns.
+        """
         degrees = self.degrees(dist.get_world_size(), node)
         mesh = init_device_mesh(device, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
         # point-to-point edges may leave ranks out, which must not be the first thing a group ever does

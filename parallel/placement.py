@@ -10,7 +10,9 @@ from ..kernels.tile import area
 
 @dataclass(frozen=True)
 class Placement:
-    """`spans_by_rank[r]` says which of the `length` positions rank r holds, in the order it holds them; none is fine."""
+    """`spans_by_rank[r]` says which of the `length` positions rank r holds, in the order it holds them; none
+    is fine.
+    """
 
     length: int
     spans_by_rank: tuple[Spans, ...]
@@ -49,7 +51,9 @@ def contiguous(length: int, size: int) -> Placement:
 
 
 def zigzag(length: int, size: int) -> Placement:
-    """One piece from the front and its mirror from the back, so that causal work is even (ring-flash-attention)."""
+    """One piece from the front and its mirror from the back, so that causal work is even
+    (ring-flash-attention).
+    """
     cuts = [length * i // (2 * size) for i in range(2 * size + 1)]
     pieces = [_piece(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
     return Placement(length, tuple(pieces[r] + pieces[-1 - r] for r in range(size)))

@@ -18,7 +18,9 @@ from .placement import Placement, named
 
 
 class Route(NamedTuple):
-    """How far each shard travels, from placement and mask alone, so that every rank derives the same edges."""
+    """How far each shard travels, from placement and mask alone, so that every rank derives the same
+    edges.
+    """
 
     needs: tuple[tuple[bool, ...], ...]  # needs[r][s]: some query of rank r may see some key of shard s
     reach: tuple[int, ...]  # hops from its owner to its last user, 0 if nobody else needs it
@@ -43,7 +45,9 @@ def route(mask: Mask, placement: Placement, kv_heads: int) -> Route:
 
 
 class Ring:
-    """K and V in the inputs' dtype, dK and dV in float32; at most two key shards are alive, and none goes where no mask needs it."""
+    """K and V in the inputs' dtype, dK and dV in float32; at most two key shards are alive, and none goes
+    where no mask needs it.
+    """
 
     def __init__(self, mesh: DeviceMesh, *, axis: str = "ring", placement: str = "zigzag") -> None:
         self.group = mesh.get_group(axis)
@@ -101,7 +105,7 @@ class _Turn(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         mask, placement, ring, options = ctx.rest
         hops = _Hops(ring, placement, route(mask, placement, k.shape[2]))
@@ -166,9 +170,11 @@ class _Hops:
     def pass_back(
         self, grad: Tensor | None, hop: int, like: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Pending]:
-        """Posts the gradient of the shard held at `hop`, onwards or home: (the next shard's, our own come home, pending).
+        """Posts the gradient of the shard held at `hop`, onwards or home: (the next shard's, our own come
+        home, pending).
 
-        like: a gradient of a shard, [2, B, tokens, heads, head_dim], for dtype, device and all sizes but the tokens.
+        like: a gradient of a shard, [2, B, tokens, heads, head_dim], for dtype, device and all sizes but the
+        tokens.
         """
         way, ring = self.route, self.ring
         if hop == 0:

@@ -22,8 +22,8 @@ class Single:
         for axis in {"ring", "head"} & set(names):
             if mesh is not None and mesh[axis].size() > 1:
                 raise ValueError(
-                    f"parallel.mesh.{axis} is {mesh[axis].size()}, but parallel=single keeps a sequence on one rank: "
-                    f"set it to 1, or take parallel=ring"
+                    f"parallel.mesh.{axis} is {mesh[axis].size()}, but parallel=single keeps a sequence on one "
+                    f"rank: set it to 1, or take parallel=ring"
                 )
 
     def place(self, length: int, mask: Mask) -> Placement:

@@ -1,4 +1,6 @@
-"""One cell of the promise 'a layout equals one device': what it is, and the run of it on every rank of a world."""
+"""One cell of the promise 'a layout equals one device': what it is, and the run of it on every rank of a
+world.
+"""
 
 from dataclasses import dataclass
 

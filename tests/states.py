@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -49,7 +50,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def loaded(folder: Path, like: State, which: str = "auto") -> tuple[list[bytes], State | None]:
-    """What this process, on its own, loads from `folder`: the bits of the tensors and the extra."""
+    """What this process, on its own and without a warning, loads from `folder`: tensors' bits and extra."""
     state = blank(like)
-    extra = Checkpoints(folder).load(which, state)
+    extra = Checkpoints(folder, warn=pytest.fail).load(which, state)
     return bits(state), extra

@@ -181,7 +181,7 @@ def targets(tree: Path) -> Iterator[str]:
                 continue
             try:
                 found = hasattr(importlib.import_module(module), name)
-            except ImportError as error:
+            except Exception as error:
                 yield f"{path.relative_to(tree)}: {target}: {error}"
             else:
                 if not found:
@@ -198,9 +198,9 @@ def named(config: object) -> Iterator[str]:
 
 
 def commands(tree: Path) -> Iterator[str]:
-    """Every experiment says in its first line how to run it."""
+    """Every experiment says in its first line, Hydra's own aside, how to run it."""
     for path in sorted((tree / "conf" / "experiment").glob("*.yaml")):
-        first = path.read_text().partition("\n")[0]
+        first = path.read_text().removeprefix("# @package _global_\n").partition("\n")[0]
         if not re.match(rf"#.*\b(longspan|make|torchrun|python)\b.*\bexperiment={path.stem}\b", first):
             yield f"{path.relative_to(tree)} does not begin with its command"
 

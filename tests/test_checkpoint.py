@@ -167,6 +167,19 @@ def test_incomplete_folders_do_not_count_and_leftovers_of_dead_runs_go(tmp_path:
     assert sorted(os.listdir(tmp_path)) == ["latest", "notes.txt", "step-00000003", "step-00000004"]
 
 
+def test_one_that_waits_for_its_successor_counts(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, asynchronous=False)
+    save(checkpoints, 1)
+    # Where a kill leaves it, in the middle of saving step 1 again.
+    (tmp_path / "step-00000001").rename(tmp_path / ".aside-step-00000001")
+    assert checkpoints.steps() == [1]
+    assert loaded(tmp_path, make(1)) == (bits(make(1)), {"saved": 1})
+    save(checkpoints, 2)
+    assert checkpoints.steps() == [1, 2]
+    save(checkpoints, 1)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000001", "step-00000002"]
+
+
 def test_all_is_on_the_disk_before_a_checkpoint_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

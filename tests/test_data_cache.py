@@ -114,7 +114,9 @@ def test_processes_may_race_for_the_cache(folder: Path, tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     barrier, answers = spawn.Barrier(4), spawn.Queue()
     cache = tmp_path / "cache"
-    workers = [spawn.Process(target=race, args=(folder, cache, barrier, answers), daemon=True) for _ in range(3)]
+    workers = [
+        spawn.Process(target=race, args=(folder, cache, barrier, answers), daemon=True) for _ in range(3)
+    ]
     for worker in workers:
         worker.start()
     wanted = load(a_source(folder), tmp_path / "other")

@@ -211,7 +211,7 @@ def train_bpe(path: Path, special: list[str]) -> None:
     bpe.train_from_iterator(["the theory of the thing, there and then " * 5], trainer)
     # Settings for somebody's batches, which must not touch documents.
     bpe.enable_truncation(5)
-    bpe.enable_padding(length=9)
+    bpe.enable_padding(length=500)
     bpe.save(str(path))
 
 

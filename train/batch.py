@@ -15,7 +15,9 @@ from .data.sample import IGNORE, Dataset, Sample
 
 @dataclass(frozen=True)
 class Batch:
-    """Whole sequences, int64 [B, T]; labels and previous tokens were taken by the data, before any sharding."""
+    """Whole sequences, int64 [B, T]; labels and previous tokens were taken by the data, before any
+    sharding.
+    """
 
     tokens: Tensor
     labels: Tensor
@@ -45,17 +47,18 @@ def collate(samples: list[Sample]) -> Batch:
     """Rows of equal length; document starts padded at the end with the length."""
     length, most = len(samples[0].tokens), max(len(s.offsets) for s in samples)
     offsets = tuple(tuple(s.offsets) + (length,) * (most - len(s.offsets)) for s in samples)
-    rows = (
+    tokens, labels, previous = (
         torch.from_numpy(np.stack([getattr(s, name) for s in samples]))
         for name in ("tokens", "labels", "previous")
     )
-    return Batch(*rows, offsets)
+    return Batch(tokens, labels, previous, offsets)
 
 
 def indices(first: int, *, dp: int, rank: int, micro: int, accumulate: int) -> list[list[int]]:
     """Global sample indices of each micro batch of one dp rank, in the step that starts at sample `first`.
 
-    The step takes the same samples in the same order whatever dp, micro and accumulate are, if their product is the same.
+    The step takes the same samples in the same order whatever dp, micro and accumulate are, if their product
+    is the same.
     """
     return [[first + (a * dp + rank) * micro + i for i in range(micro)] for a in range(accumulate)]
 
@@ -71,8 +74,10 @@ def place(layout: Layout, batch: Batch, mask: Mask) -> Placement:
 
 def held(layout: Layout, batch: Batch, placement: Placement, device: torch.device) -> Shard:
     """The shard of this rank, on `device`."""
-    parts = [shard(layout, x, placement, 1).to(device) for x in (batch.tokens, batch.labels, batch.previous)]
-    return Shard(*parts, positions(layout, placement, device), batch.offsets)
+    tokens, labels, previous = (
+        shard(layout, x, placement, 1).to(device) for x in (batch.tokens, batch.labels, batch.previous)
+    )
+    return Shard(tokens, labels, previous, positions(layout, placement, device), batch.offsets)
 
 
 def bind(layout: Layout, placement: Placement) -> Attend:

@@ -122,7 +122,7 @@ class Checkpoints:
                 self._report([f"skipped a damaged checkpoint: {error}"])
         if reasons:
             raise DamagedCheckpoint(
-                f"resume=auto: none of the {len(reasons)} checkpoints is whole ({'; '.join(reasons)});"
+                f"resume=auto: of {len(reasons)} checkpoints none is whole ({'; '.join(reasons)});"
                 " give the path of another one, or resume=never to start afresh"
             )
         return None

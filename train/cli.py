@@ -1,4 +1,6 @@
-"""The console script: longspan train | evaluate | sample, each the same as python -m longspan.train[.verb]."""
+"""The console script: longspan train | evaluate | sample, each the same as python -m
+longspan.train[.verb].
+"""
 
 import importlib
 import os
@@ -12,7 +14,9 @@ VERBS = {
 
 
 def main() -> None:
-    """Hands the rest of the command line to a verb; a bare Hydra query (tab completion) is answered for the verb on the line."""
+    """Hands the rest of the command line to a verb; a bare Hydra query (tab completion) is answered for the
+    verb on the line.
+    """
     arguments = sys.argv[1:]
     line = os.environ.get("COMP_LINE", "").split(" ")
     if arguments[:1] == ["-sc"] and len(line) > 1 and line[1] in VERBS:

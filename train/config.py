@@ -1,4 +1,6 @@
-"""The configuration as it must be: typed root keys, groups checked against the constructors that they name."""
+"""The configuration as it must be: typed root keys, groups checked against the constructors that they
+name.
+"""
 
 import difflib
 import inspect
@@ -27,7 +29,9 @@ SECRET = re.compile(r"(^|_)(key|token|secret|password|passwd|credential)s?($|_)"
 
 @dataclass
 class Run:
-    """root: folder of all runs. name: of this one, null makes one from the experiment and the time. dir: the run's folder."""
+    """root: folder of all runs. name: of this one, null makes one from the experiment and the time. dir: the
+    run's folder.
+    """
 
     root: str = "runs"
     name: str | None = None
@@ -36,9 +40,11 @@ class Run:
 
 @dataclass
 class Train:
-    """steps: optimizer steps. seconds: stop (and save) after that much training time. clip: greatest gradient norm, 0 is off.
+    """steps: optimizer steps. seconds: stop (and save) after that much training time. clip: greatest gradient
+    norm, 0 is off.
 
-    micro_batch: sequences a dp rank takes at once; accumulate: micro batches a step. precision: float32, or bfloat16 autocast.
+    micro_batch: sequences a dp rank takes at once; accumulate: micro batches a step. precision: float32, or
+    bfloat16 autocast.
     """
 
     steps: int = MISSING
@@ -52,7 +58,9 @@ class Train:
 
 @dataclass
 class Checkpoint:
-    """every: steps between checkpoints (0: only the last). keep: how many stay. asynchronous: write beside training."""
+    """every: steps between checkpoints (0: only the last). keep: how many stay. asynchronous: write beside
+    training.
+    """
 
     every: int = 100
     keep: int = 3
@@ -61,7 +69,9 @@ class Checkpoint:
 
 @dataclass
 class Eval:
-    """every: steps between evaluations on held-out data (0: only at the end). samples: sequences; the final one takes `final`."""
+    """every: steps between evaluations on held-out data (0: only at the end). samples: sequences; the final
+    one takes `final`.
+    """
 
     every: int = 0
     samples: int = 8
@@ -103,20 +113,21 @@ class ConfigError(ValueError):
     """A setting that cannot be: the message names it, its value and what would work."""
 
 
-def typed(cfg: DictConfig, schema: type = Root) -> DictConfig:
-    """The config merged into its schema with every group checked: unknown keys, targets, types. Raises ConfigError."""
+def typed(cfg: DictConfig, schema: type[Any] = Root) -> DictConfig:
+    """The config merged into its schema with every group checked: unknown keys, targets, types. Raises
+    ConfigError.
+    """
     known = set(schema.__dataclass_fields__)
     for key in cfg:
         if str(key) not in known:
-            raise ConfigError(f"unknown key '{key}'{suggestion(str(key), known)}")
+            raise ConfigError(f"unknown key '{key!s}'{suggestion(str(key), known)}")
     for name, section in schema.__dataclass_fields__.items():
         kind = section.default_factory
         if isinstance(kind, type) and is_dataclass(kind) and isinstance(cfg.get(name), DictConfig):
             for key in cfg[name]:
-                if key not in kind.__dataclass_fields__:
-                    raise ConfigError(
-                        f"unknown key '{name}.{key}'{suggestion(str(key), kind.__dataclass_fields__)}"
-                    )
+                if str(key) not in kind.__dataclass_fields__:
+                    known_here = suggestion(str(key), kind.__dataclass_fields__)
+                    raise ConfigError(f"unknown key '{name}.{key!s}'{known_here}")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), cfg)
         assert isinstance(merged, DictConfig)
@@ -147,7 +158,7 @@ def _check_node(node: Any, path: str) -> None:
     if "_target_" in node:
         _check_call(node, path)
     for key in node:
-        _check_node(node[key], f"{path}.{key}")
+        _check_node(node[key], f"{path}.{key!s}")
 
 
 def _check_call(node: DictConfig, path: str) -> None:
@@ -169,9 +180,9 @@ def _check_call(node: DictConfig, path: str) -> None:
         if str(key) in ("_target_", "_partial_"):
             continue
         if str(key) in ("_args_", "_recursive_", "_convert_") or key not in parameters:
-            raise ConfigError(f"unknown key '{path}.{key}'{suggestion(str(key), parameters)}")
+            raise ConfigError(f"unknown key '{path}.{key!s}'{suggestion(str(key), parameters)}")
         if key in hints and not _fits(value, hints[str(key)]):
-            raise ConfigError(f"{path}.{key} is {value!r}; it must be {_words(hints[str(key)])}")
+            raise ConfigError(f"{path}.{key!s} is {value!r}; it must be {_words(hints[str(key)])}")
     if not node.get("_partial_", False):
         for name, p in parameters.items():
             if p.default is p.empty and p.kind is not p.VAR_KEYWORD and name not in node:
@@ -179,7 +190,9 @@ def _check_call(node: DictConfig, path: str) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain config value can be what the annotation says; objects that `_target_` builds are checked elsewhere."""
+    """Whether a plain config value can be what the annotation says; objects that `_target_` builds are
+    checked elsewhere.
+    """
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, a) for a in args)

@@ -1,7 +1,8 @@
-"""What every entry point does around its work: one message for a user's mistake, and an exit code that says what happened.
+"""What every entry point does around its work: one message for a user's mistake, and an exit code that says
+what happened.
 
-Exit codes: 0 done; 1 an error of ours or of the machine, with its traceback; 2 bad input: a setting that cannot be or a
-file that cannot be used; 75 stopped by a signal after saving: start again to go on.
+Exit codes: 0 done; 1 an error of ours or of the machine, with its traceback; 2 bad input: a setting that
+cannot be or a file that cannot be used; 75 stopped by a signal after saving: start again to go on.
 """
 
 import os
@@ -21,7 +22,9 @@ FAILED, BAD_INPUT = 1, 2
 
 
 def entry(work: Callable[[], object], root: str, env: MutableMapping[str, str]) -> None:
-    """Runs a function decorated with hydra.main; a config that cannot be composed gets one message with a 'did you mean'."""
+    """Runs a function decorated with hydra.main; a config that cannot be composed gets one message with a
+    'did you mean'.
+    """
     env.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.9 warns while it is unset
     env["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them on every rank
     try:
@@ -31,7 +34,9 @@ def entry(work: Callable[[], object], root: str, env: MutableMapping[str, str]) 
 
 
 def leave(code: int, message: str, rank: int) -> None:
-    """Prints the message on rank 0 and exits; the others wait so that torchrun does not stop rank 0 before it has spoken."""
+    """Prints the message on rank 0 and exits; the others wait so that torchrun does not stop rank 0 before it
+    has spoken.
+    """
     if rank == 0:
         print(f"longspan: {message}", file=sys.stderr, flush=True)
     else:
@@ -40,7 +45,9 @@ def leave(code: int, message: str, rank: int) -> None:
 
 
 def guarded(work: Callable[[], int], rank: int) -> int:
-    """Runs a job: what a user can mend becomes one line and exit code 2, anything else a traceback and exit code 1."""
+    """Runs a job: what a user can mend becomes one line and exit code 2, anything else a traceback and exit
+    code 1.
+    """
     try:
         return work()
     except (ValueError, OSError) as error:

@@ -24,7 +24,9 @@ GRID = 64  # tiles a side in the picture of a mask
 
 
 def finish(loop: Loop, folder: Path, *, complete: bool) -> dict[str, Any]:
-    """Evaluates, draws and sums up; all ranks call it. Gives the summary, which rank 0 also wrote to summary.json."""
+    """Evaluates, draws and sums up; all ranks call it. Gives the summary, which rank 0 also wrote to
+    summary.json.
+    """
     job, state = loop.job, loop.state
     sent = traffic_matrix(job)
     found = loop.evaluate(job.cfg.eval.final) if job.cfg.eval.final else None
@@ -84,7 +86,8 @@ def draw(loop: Loop, folder: Path, found: HeldOut | None, sent: np.ndarray, othe
     runs = [[(s.start, s.length, s.run, s.step) for s in spans] for spans in placement.spans_by_rank]
     made["layout"] = layout_picture(
         folder / "layout.png", spans_by_rank=runs, length=length, tiles=mask_grid(job, length), sent=sent,
-        title=f"{type(job.layout).__name__.lower()} over {job.layout.size} rank{'s' * (job.layout.size > 1)}, one layer, forward and backward",
+        title=f"{type(job.layout).__name__.lower()} over {job.layout.size} rank{'s' * (job.layout.size > 1)}, "
+        "one layer, forward and backward",
         mask=repr(job.mask),
     )  # fmt: skip
     for name, path in made.items():
@@ -101,8 +104,10 @@ def mask_grid(job: Job, length: int) -> np.ndarray:
 
 
 def traffic_matrix(job: Job) -> np.ndarray:
-    """Bytes from rank to rank of one sequence, for one layer and one micro batch, forward and backward: int64 [size, size]."""
-    layers = job.model.layers * job.cfg.train.accumulate  # type: ignore[operator]
+    """Bytes from rank to rank of one sequence, for one layer and one micro batch, forward and backward: int64
+    [size, size].
+    """
+    layers = job.model.layers * job.cfg.train.accumulate
     row = torch.zeros(job.layout.size, dtype=torch.int64)
     for peer, count in job.layout.traffic.sent.items():
         row[peer] = count // layers
@@ -116,7 +121,8 @@ def traffic_matrix(job: Job) -> np.ndarray:
 def headline(loop: Loop, summary: dict[str, Any], folder: Path) -> dict[str, str]:
     """The summary for people."""
     rows = {
-        "trained": f"{summary['steps']} steps, {amount(summary['tokens'])} tokens in {duration(summary['training_seconds'])}",
+        "trained": f"{summary['steps']} steps, {amount(summary['tokens'])} tokens "
+        f"in {duration(summary['training_seconds'])}",
         "result": f"{summary['held_out_bits_per_byte']:.3f} bits per held-out byte"
         if "same_bytes" in summary
         else "",

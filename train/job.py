@@ -24,7 +24,9 @@ from .optim import Optim
 
 @dataclass(frozen=True)
 class Launch:
-    """Who this process is, as torchrun says it; a process started alone is rank 0 of 1. env: the environment, for trackers."""
+    """Who this process is, as torchrun says it; a process started alone is rank 0 of 1. env: the environment,
+    for trackers.
+    """
 
     rank: int = 0
     world: int = 1
@@ -102,7 +104,9 @@ class Job:
 
 
 def open_data(cfg: DictConfig, launch: Launch, ranks: Ranks) -> Dataset:
-    """The data set on every rank; one rank of each machine prepares its cache first. What fails on one fails on all."""
+    """The data set on every rank; one rank of each machine prepares its cache first. What fails on one fails
+    on all.
+    """
 
     def prepare() -> None:
         if launch.local_rank == 0:
@@ -151,8 +155,8 @@ def build(cfg: DictConfig, launch: Launch, device: torch.device) -> Job:
 def check_numbers(cfg: DictConfig) -> None:
     """Refuses numbers that no job can run with."""
     least: dict[str, float] = {
-        "train.steps": 1, "train.micro_batch": 1, "train.accumulate": 1, "train.clip": 0, "train.log_every": 1,
-        "checkpoint.every": 0, "checkpoint.keep": 1, "eval.every": 0, "eval.samples": 1, "eval.final": 0,
+        "train.steps": 1, "train.micro_batch": 1, "train.accumulate": 1, "train.clip": 0,
+        "train.log_every": 1, "checkpoint.every": 0, "checkpoint.keep": 1, "eval.every": 0, "eval.samples": 1, "eval.final": 0,
     }  # fmt: skip
     for name, low in least.items():
         group, key = name.split(".")

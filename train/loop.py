@@ -37,7 +37,9 @@ class State:
 
 
 class Loop:
-    """Trains `job` from `state` on; `record` is told everything, `checkpoints` keep what is needed to go on."""
+    """Trains `job` from `state` on; `record` is told everything, `checkpoints` keep what is needed to go
+    on.
+    """
 
     def __init__(
         self, job: Job, record: Record, checkpoints: Checkpoints, preempt: Preempt, state: State
@@ -60,7 +62,9 @@ class Loop:
         )
 
     def run(self) -> int | None:
-        """Trains until train.steps, train.seconds or a signal; the checkpoint is complete when this returns. The signal, or None."""
+        """Trains until train.steps, train.seconds or a signal; the checkpoint is complete when this returns.
+        The signal, or None.
+        """
         cfg, stopped = self.job.cfg, None
         while self.state.step < cfg.train.steps and not self._out_of_time():
             began = time.perf_counter()
@@ -136,7 +140,9 @@ class Loop:
             yield load(job.data, wanted, self.state.step)
 
     def _flops(self, batches: list[Batch], tokens: int) -> float:
-        """FLOP of the step over all ranks, from the pairs that the masks let through; other dp ranks are taken to do the same."""
+        """FLOP of the step over all ranks, from the pairs that the masks let through; other dp ranks are
+        taken to do the same.
+        """
         model: Any = self.job.model
         visible = 0
         for mask in set(model.masks):
@@ -164,7 +170,9 @@ class Loop:
         return found
 
     def save(self, *, must: bool = False) -> None:
-        """A checkpoint of now. One that fails is reported and training goes on, except the last one (`must`)."""
+        """A checkpoint of now. One that fails is reported and training goes on, except the last one
+        (`must`).
+        """
         try:
             self.checkpoints.save(self.state.step, self.job.engine.save(), extra(self.job, self.state))
             if must:
@@ -199,7 +207,9 @@ def fingerprint(job: Job) -> str:
 
 
 def resume(job: Job, checkpoints: Checkpoints, which: str) -> State:
-    """Loads the checkpoint that `which` names into the job: the state to go on from. Other data is refused."""
+    """Loads the checkpoint that `which` names into the job: the state to go on from. Other data is
+    refused.
+    """
     tensors = job.engine.save()
     kept = checkpoints.load(which, tensors)
     if kept is None:

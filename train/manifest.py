@@ -59,16 +59,21 @@ class Manifest:
             ) from None
         except OSError as error:
             raise DamagedCheckpoint(f"{folder}: {error}") from error
+        manifest = cls.parse(data)
+        if manifest is None:
+            raise DamagedCheckpoint(f"{folder}: {NAME} is damaged, it does not match its own digest")
+        return manifest
+
+    @classmethod
+    def parse(cls, data: bytes) -> "Manifest | None":
+        """The manifest that was rendered as `data`; None if there is none."""
         try:
             raw = json.loads(data)
             files = {name: File(file["bytes"], file["sha256"]) for name, file in raw["files"].items()}
             manifest = cls(raw["step"], raw["serial"], files)
-            intact = manifest.render() == data
+            return manifest if manifest.render() == data else None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            intact = False
-        if not intact:
-            raise DamagedCheckpoint(f"{folder}: {NAME} is damaged, it does not match its own digest")
-        return manifest
+            return None
 
     @classmethod
     def of(cls, folder: Path) -> "Manifest":
@@ -99,10 +104,12 @@ class Manifest:
         _complain(folder, wrong)
 
     def check_hashes(self, folder: Path, names: Iterable[str]) -> None:
-        """Hashes the files `names`. Raises `DamagedCheckpoint` with those that changed."""
-        _complain(
-            folder, [f"{n} does not match its SHA-256" for n in names if File.of(folder / n) != self.files[n]]
-        )
+        """Hashes the files `names`. Raises `DamagedCheckpoint` with those that changed or cannot be read."""
+        try:
+            changed = [name for name in names if File.of(folder / name) != self.files[name]]
+        except OSError as error:
+            raise DamagedCheckpoint(f"{folder}: {error}") from error
+        _complain(folder, [f"{name} does not match its SHA-256" for name in changed])
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -1,4 +1,6 @@
-"""What a model is worth: held-out loss by position, retrieval by depth and length, and what other means reach on the same bytes."""
+"""What a model is worth: held-out loss by position, retrieval by depth and length, and what other means reach
+on the same bytes.
+"""
 
 import lzma
 import math
@@ -37,7 +39,9 @@ class HeldOut:
         return self.loss / math.log(2) / self.bytes_per_token
 
     def by_position(self) -> tuple[list[int], list[float]]:
-        """Edges of buckets that double in width, and the bits per byte in each; empty buckets are left out at the end."""
+        """Edges of buckets that double in width, and the bits per byte in each; empty buckets are left out at
+        the end.
+        """
         edges, values = [0], []
         length = len(self.nats)
         while edges[-1] < length:
@@ -59,7 +63,9 @@ def autocast(job: Job) -> AbstractContextManager[Any]:
 
 
 def token_losses(job: Job, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (nats, float32 [B, N]), labels [B, N] and global positions [N] of the tokens held here, on the CPU."""
+    """Losses (nats, float32 [B, N]), labels [B, N] and global positions [N] of the tokens held here, on the
+    CPU.
+    """
     placement = place(job.layout, batch, job.mask)
     part = held(job.layout, batch, placement, job.device)
     with autocast(job), torch.no_grad():
@@ -68,7 +74,9 @@ def token_losses(job: Job, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def held_out_loss(job: Job, data: Dataset, samples: int) -> HeldOut:
-    """The loss on the first `samples` sequences of `data`, each split over the ranks like a training sequence."""
+    """The loss on the first `samples` sequences of `data`, each split over the ranks like a training
+    sequence.
+    """
     nats, counts = (torch.zeros(data.context, dtype=torch.float64) for _ in range(2))
     job.model.eval()
     for index in range(job.dp_rank, min(samples, len(data)), job.dp):
@@ -84,7 +92,9 @@ def held_out_loss(job: Job, data: Dataset, samples: int) -> HeldOut:
 def retrieval(
     job: Job, data: Needle, *, depths: Sequence[float], lengths: Sequence[int], samples: int
 ) -> npt.NDArray[np.float64]:
-    """Share of the needle's bytes that greedy prediction gets right, [depths, lengths], the true ones before it given."""
+    """Share of the needle's bytes that greedy prediction gets right, [depths, lengths], the true ones before
+    it given.
+    """
     found = torch.zeros(2, len(depths), len(lengths), dtype=torch.float64)
     job.model.eval()
     for i, depth in enumerate(depths):
@@ -94,7 +104,7 @@ def retrieval(
                 found[:, i, j] += torch.tensor([right, asked], dtype=torch.float64)
     job.model.train()
     dist.all_reduce(found)
-    return (found[0] / found[1]).numpy()  # type: ignore[no-any-return]
+    return (found[0] / found[1]).numpy()
 
 
 def _guessed(job: Job, batch: Batch) -> tuple[int, int]:
@@ -117,7 +127,9 @@ def text_of(data: Dataset, samples: int) -> bytes:
 
 
 def bounds(text: bytes) -> dict[str, float]:
-    """Bits per byte of these bytes by other means: their own order-1 and order-2 entropy, and lzma (preset 9, extreme)."""
+    """Bits per byte of these bytes by other means: their own order-1 and order-2 entropy, and lzma (preset 9,
+    extreme).
+    """
     if len(text) < 3:
         return {}
     codes = np.frombuffer(text, np.uint8).astype(np.int64)

@@ -11,10 +11,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Optim:
-    """optimizer: a torch optimizer class waiting for its parameters. weight_decay falls on matrices only, not on embeddings.
+    """optimizer: a torch optimizer class waiting for its parameters. weight_decay falls on matrices only, not
+    on embeddings.
 
-    schedule: `cosine` from lr to lr * floor after `warmup` linear steps; `wsd` (warm-up, stable, decay: Hu et al. 2024,
-    section 4) keeps lr and falls linearly to lr * floor over the last `decay` steps; `constant` after the warm-up.
+    schedule: `cosine` from lr to lr * floor after `warmup` linear steps; `wsd` (warm-up, stable, decay: Hu et
+    al. 2024, section 4) keeps lr and falls linearly to lr * floor over the last `decay` steps; `constant`
+    after the warm-up.
     """
 
     optimizer: Callable[..., torch.optim.Optimizer]
@@ -34,13 +36,15 @@ class Optim:
             )
         if self.warmup < 0 or self.decay < 0 or not 0 <= self.floor <= 1:
             raise ValueError(
-                f"optim.warmup {self.warmup}, optim.decay {self.decay} must be >= 0, optim.floor {self.floor} in 0..1"
+                f"optim.warmup {self.warmup} and optim.decay {self.decay} must be at least 0, "
+                f"optim.floor {self.floor} from 0 to 1"
             )
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer over the model's parameters in two groups, with and without weight decay."""
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        decayed, plain = [], []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for p in model.parameters():
             (decayed if p.ndim >= 2 and id(p) not in embeddings else plain).append(p)
         groups: list[dict[str, Any]] = [

@@ -1,4 +1,6 @@
-"""Where a run is told: metrics.jsonl, the tracker, the progress display and the files of the run folder; rank 0 writes."""
+"""Where a run is told: metrics.jsonl, the tracker, the progress display and the files of the run folder; rank
+0 writes.
+"""
 
 import json
 import os
@@ -60,7 +62,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def open_folder(folder: Path, config: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Makes the run folder with config.yaml (resolved, redacted), run.json (what ran where) and a link root/latest."""
+    """Makes the run folder with config.yaml (resolved, redacted), run.json (what ran where) and a link
+    root/latest.
+    """
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     versions = {
         "python": platform.python_version(),

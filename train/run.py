@@ -40,14 +40,17 @@ def train(cfg: DictConfig, launch: Launch) -> int:
 
 
 def agree_folder(cfg: DictConfig) -> Path:
-    """The run folder, made by rank 0 and the same on all ranks. A folder with checkpoints is not taken over with resume=never."""
+    """The run folder, made by rank 0 and the same on all ranks. A folder with checkpoints is not taken over
+    with resume=never.
+    """
     ranks = Ranks(kinds=(ValueError, FileExistsError, NotADirectoryError, PermissionError, OSError))
 
     def make(parts: list[Path]) -> list[Path]:
         folder = parts[0]
         if cfg.resume == "never" and (folder / "checkpoints").exists():
             raise ValueError(
-                f"run.dir={folder} holds a run already, and resume is never: take resume=auto or another run.name"
+                f"run.dir={folder} holds a run already, and resume is never: "
+                f"take resume=auto or another run.name"
             )
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -128,7 +131,8 @@ def facts(loop: Loop, folder: Path) -> dict[str, str]:
     uneven = placement.imbalance(job.mask, model.kv_heads)  # type: ignore[arg-type]
     return {
         "model": f"{type(model).__name__}, {total:,} parameters, {job.cfg.train.precision}",
-        "layout": f"{type(job.layout).__name__.lower()}, {degrees or 'one process'}, work max/mean {uneven:.2f} over ranks",
+        "layout": f"{type(job.layout).__name__.lower()}, {degrees or 'one process'}, "
+        f"work max/mean {uneven:.2f} over ranks",
         "mask": f"{job.mask} in each document",
         "data": f"{described.get('corpus', '?')}: {described.get('documents', '?')} documents, "
         f"{job.data.context} tokens a sequence, padding {100 * float(described.get('padding', 0)):.2f}%, "

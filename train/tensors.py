@@ -171,6 +171,9 @@ class TensorLoad:
         try:
             plan = self._planner.finish_plan(self._planner.create_local_plan())
             self._reader.read_data(plan, self._planner).wait()
+        except pickle.UnpicklingError as error:
+            # Torch's own words propose to load it regardless.
+            raise DamagedCheckpoint(f"{self._folder}: it holds something else than tensors") from error
         except Exception as error:
             raise DamagedCheckpoint(f"{self._folder}: the tensors cannot be read: {error}") from error
 

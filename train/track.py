@@ -68,9 +68,9 @@ class Metrics:
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         written = self._file.write(line)
         if written != len(line):
-            raise OSError(
-                f"{self.path}: step {step} was written in part, {written} of {len(line)} bytes: disk full?"
-            )
+            # Whoever catches this and goes on must not append to half a line.
+            self._file.truncate(self._file.tell() - written)
+            raise OSError(f"{self.path} took {written} of the {len(line)} bytes of step {step}: disk full?")
         self._last = step
 
     def close(self) -> None:
@@ -251,9 +251,8 @@ class Wandb:
             _kill_service()
         if hangs or self.dropped:
             end = f"did not end within {timeout:g} s" if hangs else "has ended"
-            _say(
-                f"wandb {end}, dropped {self.dropped} of {self._offered} records; metrics.jsonl has everything"
-            )
+            lost = f"lost {self.dropped} of {self._offered} records"
+            _say(f"wandb {end}, {lost}; metrics.jsonl has everything")
 
     def _put(self, record: "Callable[[Run], object]") -> None:
         if self._thread is None:

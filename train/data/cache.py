@@ -20,7 +20,7 @@ from .sample import Ints
 from .tokenizer import Tokenizer
 
 _FORMAT = 1
-_ATTEMPTS = 5
+_ATTEMPTS = 10
 _BATCH_CHARACTERS = 1 << 22
 # Bad records that are written down; all are counted.
 _LISTED = 20
@@ -101,17 +101,30 @@ def load(source: Source, cache: str | os.PathLike[str]) -> Store:
     home = Path(os.path.abspath(os.path.expanduser(cache))) / source.key()
     try:
         for _ in range(_ATTEMPTS):
+            seen = _identity(home)
+            if seen is None:
+                _build(source, home)
+                continue
             try:
-                if home.is_dir():
-                    return _open(home)
+                return _open(home)
             except _Damaged as error:
-                _log.warning("data cache %s is damaged (%s): building it again", home, error)
-                _discard(home)
-            _build(source, home)
-        raise OSError(f"{home} was damaged {_ATTEMPTS} times in a row")
+                # Unless another process has replaced it by now.
+                if _identity(home) == seen:
+                    _log.warning("data cache %s is damaged (%s): building it again", home, error)
+                    _discard(home)
+        raise OSError(f"{home} was missing or damaged {_ATTEMPTS} times in a row")
     except OSError as error:
         hint = "set data.cache to a folder that can be written and has room"
         raise OSError(f"data.cache={os.fspath(cache)!r} cannot be used: {error}; {hint}") from error
+
+
+def _identity(home: Path) -> tuple[int, int] | None:
+    """Which folder this is; None if there is none."""
+    try:
+        status = home.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def _open(home: Path) -> Store:

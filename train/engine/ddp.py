@@ -1,4 +1,6 @@
-"""The embedded engine: every rank holds all weights; torch's DistributedDataParallel sums gradients over dp x ring x head."""
+"""The embedded engine: every rank holds all weights; torch's DistributedDataParallel sums gradients over dp x
+ring x head.
+"""
 
 from contextlib import nullcontext
 from typing import Any
@@ -19,8 +21,9 @@ AXES = ("dp", "ring", "head")
 
 
 class DDP:
-    """bucket_mb: size of a gradient bucket. 0 reduces each parameter alone: DDP lays its buckets out anew after the first
-    step, so only then are sums in the same order before and after a resume, and losses bit-equal at any number of ranks.
+    """bucket_mb: size of a gradient bucket. 0 reduces each parameter alone: DDP lays its buckets out anew
+    after the first step, so only then are sums in the same order before and after a resume, and losses
+    bit-equal at any number of ranks.
     """
 
     def __init__(self, *, bucket_mb: float = 0.0) -> None:
@@ -78,7 +81,9 @@ class DDP:
 
 
 def _sum(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """A comm hook that adds instead of averaging: each rank's loss is already its share of the global mean."""
+    """A comm hook that adds instead of averaging: each rank's loss is already its share of the global
+    mean.
+    """
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])

@@ -1,4 +1,6 @@
-"""What carries a model through a step: gradients summed over the ranks that share weights, clipping, the update, its state."""
+"""What carries a model through a step: gradients summed over the ranks that share weights, clipping, the
+update, its state.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -11,14 +13,20 @@ Optimizer = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]  # from 
 
 
 class Engine(Protocol):
-    """One training engine. The objective returns this rank's *share* of the loss, so gradients are summed, never averaged."""
+    """One training engine. The objective returns this rank's *share* of the loss, so gradients are summed,
+    never averaged.
+    """
 
     def wrap(self, objective: nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> None:
-        """Takes over a model (inside its objective) and its optimizer; sums gradients over dp x ring x head."""
+        """Takes over a model (inside its objective) and its optimizer; sums gradients over dp x ring x
+        head.
+        """
         ...
 
     def backward(self, *inputs: Any, last: bool) -> Tensor:
-        """objective(*inputs) and its backward; `last` marks the step's last micro batch, after which gradients are whole."""
+        """objective(*inputs) and its backward; `last` marks the step's last micro batch, after which
+        gradients are whole.
+        """
         ...
 
     def clip(self, most: float) -> float:
@@ -30,7 +38,9 @@ class Engine(Protocol):
         ...
 
     def save(self) -> dict[str, Any]:
-        """Nested dict of tensors by parameter name, for a checkpoint, also as the template that one is loaded into."""
+        """Nested dict of tensors by parameter name, for a checkpoint, also as the template that one is loaded
+        into.
+        """
         ...
 
     def load(self, state: dict[str, Any]) -> None:

@@ -1,0 +1,39 @@
+"""A finished run opened again: its own config, and the weights of one of its checkpoints."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+from .checkpoint import Checkpoints
+from .config import typed
+
+
+def config_of(folder: Path, **groups: DictConfig) -> DictConfig:
+    """The config that the run in `folder` was started with, with some groups replaced. OSError if it is no
+    run.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"run.dir={folder} holds no config.yaml; give the folder of a run, such as runs/latest"
+        )
+    kept = OmegaConf.load(path)
+    assert isinstance(kept, DictConfig)
+    for name, group in groups.items():
+        kept[name] = group
+    return typed(kept)
+
+
+def load_weights(folder: Path, which: str, model: nn.Module, warn: Callable[[str], None]) -> int:
+    """Loads the model's weights from checkpoint `which` (auto or a path) of the run in `folder`; the step it
+    was saved at.
+    """
+    tensors = {"model": get_model_state_dict(model)}
+    found = Checkpoints(folder / "checkpoints", asynchronous=False, warn=warn).load(which, tensors)
+    if found is None:
+        raise FileNotFoundError(f"run.dir={folder} holds no checkpoint yet")
+    set_model_state_dict(model, tensors["model"])
+    return int(found["step"])
