@@ -1,4 +1,8 @@
-"""Attention backward in Triton over tile lists: dQ by query tiles, dK and dV by key tiles; no atomics, so repeatable."""
+"""Attention backward in Triton over tile lists: dQ by query tiles, dK and dV by key tiles. No atomics, so
+that the same input gives the same bits.
+"""
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -7,16 +11,17 @@ from torch import Tensor
 
 from .flash_forward import (
     LOG2E,
+    PRECISION,
     Block,
     Sizes,
     borders,
     capability,
     config,
     constants,
+    dense,
     load_tile,
     place,
     require,
-    rows,
     scored,
     sigmoid,
     store_tile,
@@ -29,64 +34,80 @@ from .span import Spans
 from .tile import Tiles, tiles
 
 
-def backward(
-    dout: Tensor, delta: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, mask: Mask, low: Lowered,
-    at_q: Spans, at_k: Spans, options: AttentionOptions, blocks: tuple[Block, Block] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq [B, Nq, Hq, D], dk, dv [B, Nk, Hkv, D], float32, over these keys.
+class Rows(NamedTuple):
+    """Kernel argument: what the backward knows of each query."""
 
-    `lse` and `delta` = rowsum(dout * out) - dlse, [B, Hq, Nq], are those of the whole row, so that the gradients over
-    disjoint keys sum to the whole; None for sigmoid. `dout` is rounded to q's dtype.
+    dout: Tensor  # [B, Nq, Hq, D], in the dtype of q
+    delta: Tensor | None  # [B, Hq, Nq], float32, contiguous
+    lse: Tensor | None  # the same, in units of log 2; +inf for a row without keys, whose weights it makes 0
+
+
+def backward(
+    dout: Tensor, delta: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, mask: Mask,
+    low: Lowered, at_q: Spans, at_k: Spans, options: AttentionOptions,
+    blocks: tuple[Block, Block] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq [B, Nq, Hq, D], dk, dv [B, Nk, Hkv, D] over these keys, float32.
+
+    `lse` and `delta` = rowsum(dout * out) - dlse, [B, Hq, Nq], are those of the whole row, so that gradients
+    over disjoint keys sum to the whole; None for sigmoid. `dout` is rounded to the dtype of q.
     """
     require(q)
     best = config(q.shape[3], q.dtype, capability(q))
     by_query, by_key = blocks or (best.dq, best.dkdv)
-    one, other = (
+    forth, back = (
         tiles(mask, at_q, at_k, k.shape[2], size=(b.queries, b.keys), transpose=transpose, device=q.device)
         for b, transpose in ((by_query, False), (by_key, True))
     )
-    row_data = (dout, delta, lse)
-    dq = launch_dq(row_data, q, k, v, low=low, lists=one, options=options, block=by_query)
-    return dq, *launch_dkdv(row_data, q, k, v, low=low, lists=other, options=options, block=by_key)
-
-
-RowData = tuple[Tensor, Tensor | None, Tensor | None]  # dout, delta, lse
+    rows = prepared(dout, delta, lse, q.dtype)
+    dq = launch_dq(rows, q, k, v, low=low, lists=forth, options=options, block=by_query)
+    return dq, *launch_dkdv(rows, q, k, v, low=low, lists=back, options=options, block=by_key)
 
 
 def launch_dq(
-    row_data: RowData, q: Tensor, k: Tensor, v: Tensor, *, low: Lowered, lists: Tiles, options: AttentionOptions, block: Block
-) -> Tensor:
-    """dq over given lists of key tiles for each query tile."""
-    flipped, scores = scored(q, options)
-    q, k, v, dout = rows(flipped), rows(k), rows(v), rows(row_data[0].to(q.dtype))
+    rows: Rows, q: Tensor, k: Tensor, v: Tensor, *, low: Lowered, lists: Tiles, options: AttentionOptions,
+    block: Block,
+) -> Tensor:  # fmt: skip
+    """dq over given lists: the key tiles of each query tile."""
+    q, scores = scored(q, options)
+    q, k, v, dout = dense(q), dense(k), dense(v), rows.dout
     dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     sizes = Sizes(q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1])
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
-    attention_backward_dq_kernel[(sizes.batch * sizes.heads * lists.rows,)](
-        q, k, v, dout, _row(row_data[1]), _row(row_data[2]), dq, strides, lists, operands(low), sizes, scores,
-        options.scaling(q.shape[3]), **constants(q, low, options, block),
-    )  # fmt: skip
+    # the scale keeps its sign here: it carries that of a q which `scored` flipped
+    with torch.cuda.device_of(q):
+        attention_backward_dq_kernel[(sizes.batch * sizes.heads * lists.rows,)](
+            q, k, v, rows, dq, strides, lists, operands(low), sizes, scores, options.scaling(q.shape[3]),
+            **constants(q, low, options, block),
+        )  # fmt: skip
     return dq
 
 
 def launch_dkdv(
-    row_data: RowData, q: Tensor, k: Tensor, v: Tensor, *, low: Lowered, lists: Tiles, options: AttentionOptions, block: Block
-) -> tuple[Tensor, Tensor]:
-    """dk and dv over given, transposed lists: of query tiles for each key tile."""
-    flipped, scores = scored(q, options)
-    q, k, v, dout = rows(flipped), rows(k), rows(v), rows(row_data[0].to(q.dtype))
+    rows: Rows, q: Tensor, k: Tensor, v: Tensor, *, low: Lowered, lists: Tiles, options: AttentionOptions,
+    block: Block,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk and dv over given lists: the query tiles of each key tile."""
+    q, scores = scored(q, options)
+    q, k, v, dout = dense(q), dense(k), dense(v), rows.dout
     dk, dv = (torch.empty(k.shape, dtype=torch.float32, device=q.device) for _ in range(2))
     sizes = Sizes(q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1])
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
-    attention_backward_dkdv_kernel[(sizes.batch * sizes.kv_heads * lists.rows,)](
-        q, k, v, dout, _row(row_data[1]), _row(row_data[2]), dk, dv, strides, lists, operands(low), sizes, scores,
-        abs(options.scaling(q.shape[3])), **constants(q, low, options, block),
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        attention_backward_dkdv_kernel[(sizes.batch * sizes.kv_heads * lists.rows,)](
+            q, k, v, rows, dk, dv, strides, lists, operands(low), sizes, scores,
+            abs(options.scaling(q.shape[3])), **constants(q, low, options, block),
+        )  # fmt: skip
     return dk, dv
 
 
-def _row(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float().contiguous()
+def prepared(dout: Tensor, delta: Tensor | None, lse: Tensor | None, dtype: torch.dtype) -> Rows:
+    """What the kernels take, of the same names in `backward`."""
+    dout = dense(dout.to(dtype))
+    if delta is None or lse is None:
+        return Rows(dout, None, None)
+    exponent = lse.float().masked_fill(lse.isinf(), float("inf")) * LOG2E.value
+    return Rows(dout, delta.float().contiguous(), exponent.contiguous())
 
 
 @triton.jit
@@ -99,24 +120,15 @@ def load_row(base, at, limit, OTHER: tl.constexpr, CHECK: tl.constexpr):  # type
 
 
 @triton.jit
-def exponent(lse):  # type: ignore[no-untyped-def]
-    """lse in units of log 2; a row without keys (either infinity) becomes +inf, which makes its probabilities 0."""
-    return tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
-
-
-@triton.jit
-def probability(s, lse, seen, scores, SIGMOID: tl.constexpr, CAP: tl.constexpr, PARTIAL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """From q k^T: the weight of each key, and the slope of the cap."""
+def weights(s, lse, seen, scores, SIGMOID: tl.constexpr, CAP: tl.constexpr, PARTIAL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """From q k^T, the weights of the values and the slope of the cap."""
     slope = 1.0
     if CAP:
         t = tanh(s * scores.scale)
         s, slope = t * scores.cap, 1.0 - t * t
     else:
         s = s * scores.scale
-    if SIGMOID:
-        p = sigmoid(s + scores.bias)
-    else:
-        p = tl.exp2(s - lse)
+    p = sigmoid(s + scores.bias) if SIGMOID else tl.exp2(s - lse)
     if PARTIAL:
         p = tl.where(seen, p, 0.0)
     return p, slope
@@ -124,7 +136,7 @@ def probability(s, lse, seen, scores, SIGMOID: tl.constexpr, CAP: tl.constexpr, 
 
 @triton.jit
 def gradient(p, dp, delta, slope, SIGMOID: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of the scaled scores, from the gradient of the weights."""
+    """Of the scores, from the weights and their gradient."""
     if SIGMOID:
         return p * (1.0 - p) * dp * slope
     else:
@@ -133,34 +145,39 @@ def gradient(p, dp, delta, slope, SIGMOID: tl.constexpr):  # type: ignore[no-unt
 
 @triton.jit
 def attention_backward_dq_kernel(  # type: ignore[no-untyped-def]
-    Q, K, V, DO, DELTA, LSE, DQ, strides, lists, mask, sizes, scores, scale,
+    Q, K, V, rows, DQ, strides, lists, mask, sizes, scores, scale,
     TREE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SIGMOID: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    SIGMOID: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
+    """One program: one query tile of one head. strides: batch, tokens, heads of q, k, v, dout."""
     row, tile, b, h = place(lists, sizes.batch, sizes.heads)
     kv = h // (sizes.heads // sizes.kv_heads)
     b64, h64, kv64 = b.to(tl.int64), h.to(tl.int64), kv.to(tl.int64)
     start = tile * BM
-    q = load_tile(Q + b64 * strides[0] + h64 * strides[2], start, strides[1], sizes.queries, BM, D, WIDTH, True)
-    do = load_tile(DO + b64 * strides[9] + h64 * strides[11], start, strides[10], sizes.queries, BM, D, WIDTH, True)
-    keys = K + b64 * strides[3] + kv64 * strides[5]
-    values = V + b64 * strides[6] + kv64 * strides[8]
+    q_base, do_base = (
+        Q + b64 * strides[0] + h64 * strides[2],
+        rows.dout + b64 * strides[9] + h64 * strides[11],
+    )
+    q = load_tile(q_base, start, strides[1], sizes.queries, BM, D, WIDTH, True)
+    do = load_tile(do_base, start, strides[10], sizes.queries, BM, D, WIDTH, True)
     lse, delta = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     if not SIGMOID:
         m = start + tl.arange(0, BM)
         line = (b64 * sizes.heads + h) * sizes.queries
-        lse = exponent(load_row(LSE + line, m, sizes.queries, float("inf"), True))
-        delta = load_row(DELTA + line, m, sizes.queries, 0.0, True)
+        delta = load_row(rows.delta + line, m, sizes.queries, 0.0, True)
+        lse = load_row(rows.lse + line, m, sizes.queries, float("inf"), True)
+    keys = (K + b64 * strides[3] + kv64 * strides[5], strides[4])
+    values = (V + b64 * strides[6] + kv64 * strides[8], strides[7])
     first, middle, last = borders(lists, row, sizes.keys // BN)
     at = (b % mask.rows, kv, start)
     dq = tl.zeros([BM, WIDTH], tl.float32)
     dq = _sweep_keys(
-        dq, q, do, lse, delta, keys, values, strides[4], strides[7], lists.index, first, middle, at, mask, sizes, scores,
-        False, TREE, D, WIDTH, BM, BN, SIGMOID, CAP, PRECISION,
+        dq, (q, do, lse, delta), keys, values, (lists.index, first, middle), at, mask, sizes, scores,
+        False, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
     )  # fmt: skip
     dq = _sweep_keys(
-        dq, q, do, lse, delta, keys, values, strides[4], strides[7], lists.index, middle, last, at, mask, sizes, scores,
-        True, TREE, D, WIDTH, BM, BN, SIGMOID, CAP, PRECISION,
+        dq, (q, do, lse, delta), keys, values, (lists.index, middle, last), at, mask, sizes, scores,
+        True, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
     )  # fmt: skip
     out = DQ + (b64 * sizes.queries * sizes.heads + h) * D
     store_tile(out, start, sizes.heads * D, sizes.queries, dq * scale, BM, D, WIDTH)
@@ -168,24 +185,26 @@ def attention_backward_dq_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _sweep_keys(  # type: ignore[no-untyped-def]
-    dq, q, do, lse, delta, K, V, stride_k, stride_v, index, first, last, at, mask, sizes, scores,
-    PARTIAL: tl.constexpr, TREE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SIGMOID: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    dq, own, keys, values, listed, at, mask, sizes, scores,
+    PARTIAL: tl.constexpr, TREE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, SIGMOID: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """Add the key tiles index[first:last] to dq; no mask code unless PARTIAL."""
+    """Add the listed key tiles to dq; no mask code unless PARTIAL."""
+    q, do, lse, delta = own
+    index, first, last = listed
     column = tl.load(index + first, mask=first < last, other=0)
     for i in range(first, last):
         start = column * BN
         column = tl.load(index + tl.minimum(i + 1, last - 1))
-        k = load_tile(K, start, stride_k, sizes.keys, BN, D, WIDTH, PARTIAL)
-        v = load_tile(V, start, stride_v, sizes.keys, BN, D, WIDTH, PARTIAL)
+        k = load_tile(keys[0], start, keys[1], sizes.keys, BN, D, WIDTH, PARTIAL)
+        v = load_tile(values[0], start, values[1], sizes.keys, BN, D, WIDTH, PARTIAL)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         seen = True
         if PARTIAL:
             m, n = at[2] + tl.arange(0, BM)[:, None], start + tl.arange(0, BN)[None, :]
             seen = visible(TREE, mask, at[0], at[1], m, n, sizes.queries, sizes.keys)
-        p, slope = probability(s, lse[:, None], seen, scores, SIGMOID, CAP, PARTIAL)
+        p, slope = weights(s, lse[:, None], seen, scores, SIGMOID, CAP, PARTIAL)
         ds = gradient(p, dp, delta[:, None], slope, SIGMOID)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
@@ -193,32 +212,34 @@ def _sweep_keys(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def attention_backward_dkdv_kernel(  # type: ignore[no-untyped-def]
-    Q, K, V, DO, DELTA, LSE, DK, DV, strides, lists, mask, sizes, scores, scale,
+    Q, K, V, rows, DK, DV, strides, lists, mask, sizes, scores, scale,
     TREE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SIGMOID: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    SIGMOID: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
+    """One program: one key tile of one kv head, over all query heads that share it."""
     row, tile, b, kv = place(lists, sizes.batch, sizes.kv_heads)
     b64, kv64 = b.to(tl.int64), kv.to(tl.int64)
     start = tile * BN
-    k = load_tile(K + b64 * strides[3] + kv64 * strides[5], start, strides[4], sizes.keys, BN, D, WIDTH, True)
-    v = load_tile(V + b64 * strides[6] + kv64 * strides[8], start, strides[7], sizes.keys, BN, D, WIDTH, True)
+    k_base, v_base = K + b64 * strides[3] + kv64 * strides[5], V + b64 * strides[6] + kv64 * strides[8]
+    k = load_tile(k_base, start, strides[4], sizes.keys, BN, D, WIDTH, True)
+    v = load_tile(v_base, start, strides[7], sizes.keys, BN, D, WIDTH, True)
     first, middle, last = borders(lists, row, sizes.queries // BM)
     at = (b % mask.rows, kv, start)
+    dk, dv = tl.zeros([BN, WIDTH], tl.float32), tl.zeros([BN, WIDTH], tl.float32)
     group = sizes.heads // sizes.kv_heads
-    sums = (tl.zeros([BN, WIDTH], tl.float32), tl.zeros([BN, WIDTH], tl.float32))
     for g in range(group):
         h64 = kv64 * group + g
+        queries = (Q + b64 * strides[0] + h64 * strides[2], strides[1])
+        douts = (rows.dout + b64 * strides[9] + h64 * strides[11], strides[10])
         line = (b64 * sizes.heads + h64) * sizes.queries
-        queries, douts = Q + b64 * strides[0] + h64 * strides[2], DO + b64 * strides[9] + h64 * strides[11]
-        sums = _sweep_queries(
-            sums, k, v, queries, douts, LSE, DELTA, line, strides[1], strides[10], lists.index, first, middle, at, mask,
-            sizes, scores, False, TREE, D, WIDTH, BM, BN, SIGMOID, CAP, PRECISION,
+        dk, dv = _sweep_queries(
+            dk, dv, (k, v), queries, douts, rows, line, (lists.index, first, middle), at, mask, sizes, scores,
+            False, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
         )  # fmt: skip
-        sums = _sweep_queries(
-            sums, k, v, queries, douts, LSE, DELTA, line, strides[1], strides[10], lists.index, middle, last, at, mask,
-            sizes, scores, True, TREE, D, WIDTH, BM, BN, SIGMOID, CAP, PRECISION,
+        dk, dv = _sweep_queries(
+            dk, dv, (k, v), queries, douts, rows, line, (lists.index, middle, last), at, mask, sizes, scores,
+            True, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
         )  # fmt: skip
-    dk, dv = sums
     out = (b64 * sizes.keys * sizes.kv_heads + kv) * D
     store_tile(DK + out, start, sizes.kv_heads * D, sizes.keys, dk * scale, BN, D, WIDTH)
     store_tile(DV + out, start, sizes.kv_heads * D, sizes.keys, dv, BN, D, WIDTH)
@@ -226,29 +247,31 @@ def attention_backward_dkdv_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _sweep_queries(  # type: ignore[no-untyped-def]
-    sums, k, v, Q, DO, LSE, DELTA, line, stride_q, stride_do, index, first, last, at, mask, sizes, scores,
-    PARTIAL: tl.constexpr, TREE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SIGMOID: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, own, queries, douts, rows, line, listed, at, mask, sizes, scores,
+    PARTIAL: tl.constexpr, TREE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, SIGMOID: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """Add the query tiles index[first:last] of one head to (dk, dv). Scores are computed transposed, [keys, queries]."""
-    dk, dv = sums
+    """Add the listed query tiles of one head to dk and dv. Scores stand transposed, [keys, queries]."""
+    k, v = own
+    index, first, last = listed
     column = tl.load(index + first, mask=first < last, other=0)
     for i in range(first, last):
         start = column * BM
         column = tl.load(index + tl.minimum(i + 1, last - 1))
-        q = load_tile(Q, start, stride_q, sizes.queries, BM, D, WIDTH, PARTIAL)
-        do = load_tile(DO, start, stride_do, sizes.queries, BM, D, WIDTH, PARTIAL)
+        q = load_tile(queries[0], start, queries[1], sizes.queries, BM, D, WIDTH, PARTIAL)
+        do = load_tile(douts[0], start, douts[1], sizes.queries, BM, D, WIDTH, PARTIAL)
         m = start + tl.arange(0, BM)
         lse, delta = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
         if not SIGMOID:
-            lse = exponent(load_row(LSE + line, m, sizes.queries, float("inf"), PARTIAL))
-            delta = load_row(DELTA + line, m, sizes.queries, 0.0, PARTIAL)
+            delta = load_row(rows.delta + line, m, sizes.queries, 0.0, PARTIAL)
+            lse = load_row(rows.lse + line, m, sizes.queries, float("inf"), PARTIAL)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         seen = True
         if PARTIAL:
             n = at[2] + tl.arange(0, BN)[:, None]
             seen = visible(TREE, mask, at[0], at[1], m[None, :], n, sizes.queries, sizes.keys)
-        p, slope = probability(s, lse[None, :], seen, scores, SIGMOID, CAP, PARTIAL)
+        p, slope = weights(s, lse[None, :], seen, scores, SIGMOID, CAP, PARTIAL)
+        # dv before dp: fewer registers are live than with both products of the scores at hand
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = gradient(p, dp, delta[None, :], slope, SIGMOID)

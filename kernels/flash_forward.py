@@ -1,4 +1,4 @@
-"""Attention forward in Triton over tile lists: softmax or sigmoid, any mask, any head dim up to 256."""
+"""Attention forward in Triton over tile lists: softmax or sigmoid, any mask, head dims up to 256."""
 
 import math
 from typing import Any, NamedTuple
@@ -18,6 +18,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM = 256
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
+# Only float32 operands know precisions: three tensor-core products for one, since TF32 leaves three digits.
+PRECISION = tl.constexpr("tf32x3")
 
 
 class Block(NamedTuple):
@@ -30,13 +32,33 @@ class Block(NamedTuple):
 
 
 class Config(NamedTuple):
+    """A block for each of the three kernels."""
+
     forward: Block
     dq: Block
     dkdv: Block
 
 
+# By head dim, padded to a power of two. docs/kernels.md has the registers and spills that they lead to.
+HOPPER = {
+    64: Config(Block(128, 64, 4, 3), Block(128, 64, 4, 2), Block(64, 128, 8, 2)),
+    128: Config(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
+    256: Config(Block(128, 64, 8, 2), Block(128, 32, 8, 2), Block(32, 64, 8, 2)),
+}
+AMPERE = {
+    64: Config(Block(128, 64, 4, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
+    128: Config(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(64, 64, 8, 2)),
+    256: Config(Block(64, 32, 8, 2), Block(32, 32, 4, 2), Block(32, 32, 8, 2)),
+}
+FLOAT32 = {
+    64: Config(Block(64, 32, 4, 2), Block(64, 32, 4, 2), Block(32, 32, 4, 2)),
+    128: Config(Block(32, 32, 4, 2), Block(32, 32, 4, 2), Block(16, 32, 4, 2)),
+    256: Config(Block(16, 16, 4, 2), Block(16, 16, 4, 2), Block(16, 16, 4, 2)),
+}
+
+
 class Sizes(NamedTuple):
-    """Kernel argument: what a program needs to find its place."""
+    """Kernel argument: the shapes."""
 
     batch: int
     heads: int  # query heads
@@ -46,7 +68,7 @@ class Sizes(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Kernel argument: s = q k^T * scale, in units of log 2; with a cap, cap * tanh(q k^T * scale), cap in units of log 2."""
+    """Kernel argument: s = q k^T * scale, in units of log 2; with a cap, tanh(q k^T * scale) * cap."""
 
     scale: float
     cap: float
@@ -54,14 +76,12 @@ class Scores(NamedTuple):
 
 
 def config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
-    """Tiles, warps and pipeline stages of the three kernels. docs/kernels.md has the registers and spills they lead to."""
+    """Tiles, warps and pipeline stages of the three kernels on a device."""
+    width = max(64, triton.next_power_of_2(head_dim))
     if dtype == torch.float32:
-        return Config(Block(64, 32, 4, 1), Block(64, 32, 4, 1), Block(32, 64, 4, 1))
-    if head_dim > 128:
-        return Config(Block(64, 64, 8, 2), Block(64, 32, 8, 2), Block(32, 64, 8, 2))
-    if head_dim > 64:
-        return Config(Block(128, 128, 8, 2), Block(128, 64, 8, 2), Block(64, 128, 8, 2))
-    return Config(Block(128, 128, 4, 2), Block(128, 64, 4, 2), Block(64, 128, 4, 2))
+        return FLOAT32[width]
+    # data-centre Hopper and Blackwell have 227 KiB of shared memory; what is meant for Ampere fits 99 KiB
+    return (HOPPER if capability[0] in (9, 10) else AMPERE)[width]
 
 
 def supports(q: Tensor) -> bool:
@@ -78,48 +98,53 @@ def require(q: Tensor) -> None:
 
 def _refusal(q: Tensor) -> str | None:
     if q.dtype not in DTYPES:
-        return f"q is {q.dtype}; it takes float32, bfloat16, float16 (float64: backend='reference')"
+        return f"q is {q.dtype}; it takes float32, bfloat16 and float16 (float64: backend='reference')"
     if q.shape[-1] > HEAD_DIM:
-        return f"q has head_dim {q.shape[-1]}; it takes up to {HEAD_DIM}"
+        return f"q has head_dim {q.shape[-1]}; it takes up to {HEAD_DIM} (more: backend='reference')"
     if q.device.type != "cuda" and isinstance(attention_forward_kernel, triton.runtime.JITFunction):
-        return f"q is on {q.device}; it needs cuda (backend='cpu' runs there)"
+        return f"q is on {q.device}; it needs a CUDA device (backend='cpu' does not)"
     return None
 
 
 def capability(q: Tensor) -> tuple[int, int]:
-    """Of the device that holds q; the interpreter counts as an H100."""
+    """Of the device that holds q; in the interpreter, an H100's."""
     return torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (9, 0)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, low: Lowered, at_q: Spans, at_k: Spans, options: AttentionOptions,
-    block: Block | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, low: Lowered, at_q: Spans, at_k: Spans,
+    options: AttentionOptions, block: Block | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """q [B, Nq, Hq, D], k, v [B, Nk, Hkv, D] -> out [B, Nq, Hq, D], lse [B, Hq, Nq] (None for sigmoid), both float32."""
+    """q [B, Nq, Hq, D], k, v [B, Nk, Hkv, D] -> out [B, Nq, Hq, D], lse [B, Hq, Nq] (None for sigmoid), both
+    float32.
+    """
     require(q)
     block = block or config(q.shape[3], q.dtype, capability(q)).forward
     size = (block.queries, block.keys)
     lists = tiles(mask, at_q, at_k, k.shape[2], size=size, transpose=False, device=q.device)
-    return launch(q, k, v, low, lists, options, block)
+    return launch(q, k, v, low=low, lists=lists, options=options, block=block)
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, low: Lowered, lists: Tiles, options: AttentionOptions, block: Block
+    q: Tensor, k: Tensor, v: Tensor, *, low: Lowered, lists: Tiles, options: AttentionOptions, block: Block
 ) -> tuple[Tensor, Tensor | None]:
-    """`forward` over given lists of tiles of (block.queries, block.keys), for masks that are only known at run time.
+    """`forward` over given lists of tiles of (block.queries, block.keys), which may be made at run time.
 
-    A listed tile is computed with `low`'s predicate if it is partial and without if it is full; others are not visible.
+    Of a full tile every key is seen, of a partial one what `low` says, of a tile that is not listed none.
     """
     q, scores = scored(q, options)
-    q, k, v = rows(q), rows(k), rows(v)
+    q, k, v = dense(q), dense(k), dense(v)
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    softmax = options.normalizer == "softmax"
-    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device) if softmax else None
+    lse = None
+    if options.normalizer == "softmax":
+        lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     sizes = Sizes(q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1])
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    attention_forward_kernel[(sizes.batch * sizes.heads * lists.rows,)](
-        q, k, v, out, lse, strides, lists, operands(low), sizes, scores, **constants(q, low, options, block)
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        attention_forward_kernel[(sizes.batch * sizes.heads * lists.rows,)](
+            q, k, v, out, lse, strides, lists, operands(low), sizes, scores,
+            **constants(q, low, options, block),
+        )  # fmt: skip
     return out, lse
 
 
@@ -133,15 +158,13 @@ def constants(q: Tensor, low: Lowered, options: AttentionOptions, block: Block) 
         "BN": block.keys,
         "SIGMOID": options.normalizer == "sigmoid",
         "CAP": options.softcap > 0,
-        # three tensor-core products per float32 product: TF32 alone would leave three digits
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
         "num_warps": block.warps,
         "num_stages": block.stages,
     }
 
 
 def scored(q: Tensor, options: AttentionOptions) -> tuple[Tensor, Scores]:
-    """q and the score factors, with a scale that is not negative: the kernels take the maximum before they scale."""
+    """q and the score factors; a negative scale moves into q, since the maximum is taken before scaling."""
     scale, log2e = options.scaling(q.shape[3]), LOG2E.value
     if scale < 0:
         q, scale = -q, -scale
@@ -150,14 +173,14 @@ def scored(q: Tensor, options: AttentionOptions) -> tuple[Tensor, Scores]:
     return q, Scores(scale * log2e, 1.0, options.bias * log2e)
 
 
-def rows(x: Tensor) -> Tensor:
-    """x, copied only if its rows are not dense or lie so far apart that offsets within a tile would leave int32."""
+def dense(x: Tensor) -> Tensor:
+    """x, copied only if a row is not contiguous, or rows so far apart that offsets in a tile exceed int32."""
     return x if x.stride(3) == 1 and x.stride(1) < 2**23 else x.contiguous()
 
 
 @triton.jit
 def place(lists, batch, heads):  # type: ignore[no-untyped-def]
-    """This program's list row, its tile, batch row and head: longest lists first, then heads that share a list."""
+    """This program's list row, its tile, batch row and head: longest lists first, then who shares a list."""
     together = heads // lists.heads
     each = together * (batch // lists.batch)
     program = tl.program_id(0)
@@ -171,7 +194,8 @@ def place(lists, batch, heads):  # type: ignore[no-untyped-def]
 def borders(lists, row, short):  # type: ignore[no-untyped-def]
     """Where the full tiles of a row start and end in the list, and where its partial ones end.
 
-    `short` is the column that the end of the sequence cuts, if any. If it is full it comes last, and counts as partial.
+    `short` is the column that the end of the sequence cuts, if any: were it full, it would be the last of
+    the full ones, and it counts as partial.
     """
     first = tl.load(lists.start + row)
     middle = first + tl.load(lists.full + row)
@@ -180,8 +204,10 @@ def borders(lists, row, short):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def load_tile(base, start, stride, limit, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows start to start + ROWS of a [limit, D] matrix, [ROWS, WIDTH], zero beyond D; beyond `limit` too if CHECK."""
+def load_tile(  # type: ignore[no-untyped-def]
+    base, start, stride, limit, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr
+):
+    """Rows from `start` of a [limit, D] matrix, as [ROWS, WIDTH]: 0 beyond D; beyond `limit` too if CHECK."""
     i, d = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
     at = base + start.to(tl.int64) * stride + (i * stride + d)
     if CHECK and D < WIDTH:
@@ -195,10 +221,13 @@ def load_tile(base, start, stride, limit, ROWS: tl.constexpr, D: tl.constexpr, W
 
 
 @triton.jit
-def store_tile(base, start, stride, limit, x, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store x [ROWS, WIDTH] into rows start to start + ROWS of a [limit, D] matrix."""
+def store_tile(  # type: ignore[no-untyped-def]
+    base, start, stride, limit, x, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Store x [ROWS, WIDTH] into the rows from `start` of a [limit, D] matrix."""
     i, d = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
-    tl.store(base + start.to(tl.int64) * stride + (i * stride + d), x, mask=(start + i < limit) & (d < D))
+    at = base + start.to(tl.int64) * stride + (i * stride + d)
+    tl.store(at, x, mask=(start + i < limit) & (d < D))
 
 
 @triton.jit
@@ -208,7 +237,7 @@ def tanh(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def sigmoid(x):  # type: ignore[no-untyped-def]
-    """1 / (1 + 2^-x)."""
+    """Of x in units of log 2."""
     return 1.0 / (1.0 + tl.exp2(-x))
 
 
@@ -216,25 +245,28 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
 def attention_forward_kernel(  # type: ignore[no-untyped-def]
     Q, K, V, OUT, LSE, strides, lists, mask, sizes, scores,
     TREE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SIGMOID: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    SIGMOID: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
+    """One program: one query tile of one head. strides: batch, tokens, heads of q, k, v."""
     row, tile, b, h = place(lists, sizes.batch, sizes.heads)
     kv = h // (sizes.heads // sizes.kv_heads)
     b64, h64, kv64 = b.to(tl.int64), h.to(tl.int64), kv.to(tl.int64)
     start = tile * BM
-    q = load_tile(Q + b64 * strides[0] + h64 * strides[2], start, strides[1], sizes.queries, BM, D, WIDTH, True)
-    keys = K + b64 * strides[3] + kv64 * strides[5]
-    values = V + b64 * strides[6] + kv64 * strides[8]
-    state = (tl.zeros([BM, WIDTH], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32))
+    q_base = Q + b64 * strides[0] + h64 * strides[2]
+    q = load_tile(q_base, start, strides[1], sizes.queries, BM, D, WIDTH, True)
+    keys = (K + b64 * strides[3] + kv64 * strides[5], strides[4])
+    values = (V + b64 * strides[6] + kv64 * strides[8], strides[7])
     first, middle, last = borders(lists, row, sizes.keys // BN)
     at = (b % mask.rows, kv, start)
-    state = _sweep(
-        state, q, keys, values, strides[4], strides[7], lists.index, first, middle, at, mask, sizes, scores,
-        False, TREE, D, WIDTH, BM, BN, SIGMOID, CAP, PRECISION,
+    acc = tl.zeros([BM, WIDTH], tl.float32)
+    top, norm = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    acc, top, norm = _sweep(
+        (acc, top, norm), q, keys, values, (lists.index, first, middle), at, mask, sizes, scores,
+        False, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
     )  # fmt: skip
     acc, top, norm = _sweep(
-        state, q, keys, values, strides[4], strides[7], lists.index, middle, last, at, mask, sizes, scores,
-        True, TREE, D, WIDTH, BM, BN, SIGMOID, CAP, PRECISION,
+        (acc, top, norm), q, keys, values, (lists.index, middle, last), at, mask, sizes, scores,
+        True, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
     )  # fmt: skip
     if not SIGMOID:
         dead = norm == 0.0
@@ -249,24 +281,24 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _sweep(  # type: ignore[no-untyped-def]
-    state, q, K, V, stride_k, stride_v, index, first, last, at, mask, sizes, scores,
-    PARTIAL: tl.constexpr, TREE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SIGMOID: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    state, q, keys, values, listed, at, mask, sizes, scores,
+    PARTIAL: tl.constexpr, TREE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, SIGMOID: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """Add the key tiles index[first:last] to (acc, running maximum, running sum); no mask code unless PARTIAL."""
+    """Add the listed key tiles to (sum, running maximum, running norm); no mask code unless PARTIAL."""
     acc, top, norm = state
+    index, first, last = listed
     # the next column is fetched a step ahead, so that the loads of keys do not wait for it
     column = tl.load(index + first, mask=first < last, other=0)
     for i in range(first, last):
         start = column * BN
         column = tl.load(index + tl.minimum(i + 1, last - 1))
-        k = load_tile(K, start, stride_k, sizes.keys, BN, D, WIDTH, PARTIAL)
+        k = load_tile(keys[0], start, keys[1], sizes.keys, BN, D, WIDTH, PARTIAL)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        factor = scores.scale
         if CAP:
-            s = tanh(s * scores.scale)
+            s = tanh(s * factor)
             factor = scores.cap
-        else:
-            factor = scores.scale
         if PARTIAL:
             m, n = at[2] + tl.arange(0, BM)[:, None], start + tl.arange(0, BN)[None, :]
             seen = visible(TREE, mask, at[0], at[1], m, n, sizes.queries, sizes.keys)
@@ -284,6 +316,6 @@ def _sweep(  # type: ignore[no-untyped-def]
             norm = norm * fade + tl.sum(p, 1)
             acc = acc * fade[:, None]
             top = new
-        v = load_tile(V, start, stride_v, sizes.keys, BN, D, WIDTH, PARTIAL)
+        v = load_tile(values[0], start, values[1], sizes.keys, BN, D, WIDTH, PARTIAL)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, top, norm

@@ -1,4 +1,4 @@
-"""The mask predicate inside a Triton kernel: the tree as a compile-time constant, its numbers and positions as run-time data."""
+"""The mask predicate inside a Triton kernel: its tree a compile-time constant, its numbers run-time data."""
 
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -35,8 +35,8 @@ def operands(low: Lowered) -> Operands:
 def constant(tree: Tree) -> Tree:
     """The compile-time half: the tree with numbers for words.
 
-    Each leaf also names the hash of its predicate's source: Triton's cache on disk tells functions inside a tuple apart by
-    name only, and would keep serving a kernel with the old predicate after the predicate was edited.
+    Each leaf also names the hash of its predicate's source: Triton's cache on disk tells functions inside a
+    tuple apart by name only, and would go on serving a kernel with the old predicate after an edit.
     """
     if tree[0] == "leaf":
         _, jit, first, count = tree
@@ -57,7 +57,7 @@ def _int32(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 @triton.jit
 def visible(TREE: tl.constexpr, mask, row, local_head, m, n, NQ, NK):  # type: ignore[no-untyped-def]
-    """Whether held query m sees held key n: index tensors that broadcast to the tile. False beyond either end."""
+    """Whether held query m sees held key n, index tensors that broadcast to a tile; false beyond the ends."""
     inside_q, inside_k = m < NQ, n < NK
     q = tl.load(mask.q + m, mask=inside_q, other=0)
     k = tl.load(mask.k + n, mask=inside_k, other=0)
@@ -67,7 +67,7 @@ def visible(TREE: tl.constexpr, mask, row, local_head, m, n, NQ, NK):  # type: i
 
 @triton.constexpr_function
 def _part(tree: Any, i: int) -> Any:
-    # indexing a constexpr inside a kernel would unpack the subtree, which Triton 3.6 cannot do for nested tuples
+    # tree[i] inside a kernel would unpack the subtree, which Triton 3.6 cannot do with nested tuples
     return tree[i]
 
 

@@ -44,9 +44,9 @@ def backward(
             p = (s - lse.clamp_min(torch.finfo(s.dtype).min)[..., None]).exp()
             ds = p * (dp - delta[..., None])
         if options.softcap:
-            # the derivative of softcap * tanh(x / softcap), from its value; masked scores are -inf and carry
-            # nothing
-            ds = ds * (1 - (s.masked_fill(s.isinf(), 0.0) / options.softcap) ** 2)
+            # the derivative of softcap * tanh(x / softcap), from its value; masked scores carry nothing
+            capped = s.masked_fill(s.isinf(), 0.0) - options.bias
+            ds = ds * (1 - (capped / options.softcap) ** 2)
         ds = ds * options.scaling(q.shape[-1])
         groups = (k.shape[2], -1)
         dk = (ds.mT @ qh).unflatten(1, groups).sum(2)

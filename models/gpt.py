@@ -45,7 +45,11 @@ class GPT(nn.Module):
         super().__init__()
         if vocab is None:
             raise ValueError("model.vocab is null; give the number of token ids")
-        kv_heads = kv_heads or heads
+        kv_heads = heads if kv_heads is None else kv_heads
+        sizes = {"vocab": vocab, "dim": dim, "layers": layers, "heads": heads, "kv_heads": kv_heads, "hidden": hidden}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"model.{name} is {size}; it must be at least 1")
         if heads % kv_heads:
             raise ValueError(
                 f"model.heads is {heads}, model.kv_heads {kv_heads}: heads must be a multiple of kv_heads"
@@ -54,8 +58,8 @@ class GPT(nn.Module):
             raise ValueError(
                 f"model.dim is {dim}, model.heads {heads}: set model.head_dim, or a dim that heads divides"
             )
-        head_dim = head_dim or dim // heads
-        if head_dim % 2:
+        head_dim = dim // heads if head_dim is None else head_dim
+        if head_dim < 2 or head_dim % 2:
             raise ValueError(
                 f"the head dim is {head_dim}; RoPE turns pairs, so it must be even (model.head_dim)"
             )

@@ -50,6 +50,8 @@ class Ring:
     """
 
     def __init__(self, mesh: DeviceMesh, *, axis: str = "ring", placement: str = "zigzag") -> None:
+        if axis not in (mesh.mesh_dim_names or ()):
+            raise ValueError(f"parallel.layout.axis is {axis!r}; it can be {', '.join(mesh.mesh_dim_names or ())}")
         self.group = mesh.get_group(axis)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.traffic = Traffic()

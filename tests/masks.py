@@ -108,19 +108,9 @@ def random_leaf(draw: Random, length: int, batch: int = 1) -> Mask:
         return tuple(starts() for _ in range(batch)) if batch > 1 and draw.random() < 0.5 else starts()
 
     n = draw.randrange(length)
+    windows = [Window(n), Window(n, 3), Window(None, n)]
     inner = draw.choice([None, Causal(), Window(5, 2), First(3) | Window(4), Documents((0, 7), Causal())])
-    return draw.choice(
-        [
-            Full(),
-            Causal(),
-            Window(n),
-            Window(n, 3),
-            Window(None, n),
-            First(n),
-            Phase(3),
-            Documents(offsets(), inner),
-        ]
-    )
+    return draw.choice([Full(), Causal(), *windows, First(n), Phase(3), Documents(offsets(), inner)])
 
 
 def random_mask(draw: Random, length: int, batch: int = 1, depth: int = 2) -> Mask:
@@ -132,7 +122,7 @@ def random_mask(draw: Random, length: int, batch: int = 1, depth: int = 2) -> Ma
 
 
 def random_spans(draw: Random, length: int) -> Spans:
-    """Some of the positions below `length`: a shard as contiguous, zigzag, striped and other placements make them."""
+    """Some of the positions below `length`, as contiguous, zigzag, striped and other placements hold them."""
     part = length // 4
     first = draw.randrange(part)
     choices: list[Spans] = [

@@ -1,5 +1,7 @@
 """States such as a trainer saves, made from a seed, and their comparison bit for bit."""
 
+import contextlib
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,3 +56,20 @@ def loaded(folder: Path, like: State, which: str = "auto") -> tuple[list[bytes],
     state = blank(like)
     extra = Checkpoints(folder, warn=pytest.fail).load(which, state)
     return bits(state), extra
+
+
+def save(checkpoints: Checkpoints, step: int) -> None:
+    """Saves `make(step)` and waits for it."""
+    checkpoints.save(step, make(step), {"saved": step})
+    checkpoints.wait()
+
+
+@contextlib.contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """The kernel refuses to let a file grow beyond `limit` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

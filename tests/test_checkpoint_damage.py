@@ -27,7 +27,7 @@ from world import PRELOAD
 NAMES = [".metadata", "__0_0.distcp", "extra.json", "manifest.json"]
 
 
-def save(folder: Path, *steps: int) -> Path:
+def fill(folder: Path, *steps: int) -> Path:
     """Checkpoints of `steps`; the folder of the last."""
     checkpoints = Checkpoints(folder, asynchronous=False)
     for step in steps:
@@ -45,7 +45,7 @@ def reason(folder: Path) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_flipped_bit_in_any_file_is_detected(tmp_path: Path, name: str) -> None:
-    path = save(tmp_path, 1) / name
+    path = fill(tmp_path, 1) / name
     data = path.read_bytes()
     draw = random.Random(name)
     for _ in range(40):
@@ -72,7 +72,7 @@ def test_every_bit_of_the_manifest_is_protected() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_cut_short_or_missing_is_named(tmp_path: Path, name: str) -> None:
-    path = save(tmp_path, 1) / name
+    path = fill(tmp_path, 1) / name
     data = path.read_bytes()
     for length in (0, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:length])
@@ -83,7 +83,7 @@ def test_a_file_cut_short_or_missing_is_named(tmp_path: Path, name: str) -> None
 
 
 def test_what_does_not_belong_to_a_checkpoint_is_named(tmp_path: Path) -> None:
-    folder = save(tmp_path, 1)
+    folder = fill(tmp_path, 1)
     (folder / "more.distcp").write_bytes(b"more")
     assert "more.distcp does not belong to it" in reason(tmp_path)
     (folder / "more.distcp").unlink()
@@ -96,7 +96,7 @@ def test_what_does_not_belong_to_a_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_the_last_good_one_is_used_and_each_damaged_one_named(tmp_path: Path) -> None:
-    save(tmp_path, 1, 2, 3)
+    fill(tmp_path, 1, 2, 3)
     (tmp_path / "step-00000003" / "manifest.json").unlink()
     path = tmp_path / "step-00000002" / "__0_0.distcp"
     path.write_bytes(path.read_bytes().replace(b"data", b"dato"))
@@ -111,7 +111,7 @@ def test_the_last_good_one_is_used_and_each_damaged_one_named(tmp_path: Path) ->
 
 
 def test_one_that_the_disk_cannot_read_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = save(tmp_path, 1, 2) / "__0_0.distcp"
+    bad = fill(tmp_path, 1, 2) / "__0_0.distcp"
     read, told = File.of, list[str]()
 
     def broken(path: Path) -> File:
@@ -127,7 +127,7 @@ def test_one_that_the_disk_cannot_read_is_damaged(tmp_path: Path, monkeypatch: p
 def test_damaged_ones_alone_are_an_error_never_a_fresh_start(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    save(tmp_path, 1, 2)
+    fill(tmp_path, 1, 2)
     for name in ("step-00000001", "step-00000002"):
         (tmp_path / name / "extra.json").write_text("{}")
     with pytest.raises(DamagedCheckpoint, match="of 2 checkpoints none is whole .* resume=never"):
@@ -203,7 +203,7 @@ def test_a_planted_payload_does_not_run(
     tmp_path: Path, plant: Callable[[Path, Payload], None], told: str, bites: bool
 ) -> None:
     marker = tmp_path / "bitten"
-    folder = save(tmp_path / "c", 1, 2)
+    folder = fill(tmp_path / "c", 1, 2)
     plant(folder, Payload(marker))
     sign(folder)
     with pytest.raises(DamagedCheckpoint, match=told):
@@ -218,7 +218,7 @@ def test_a_planted_payload_does_not_run(
 
 @pytest.mark.parametrize("case", ["outside", "part", "transformed", "nothing", "garbage"])
 def test_an_index_that_misleads_is_refused(tmp_path: Path, case: str) -> None:
-    folder = save(tmp_path, 1)
+    folder = fill(tmp_path, 1)
     metadata: Metadata = pickle.loads((folder / ".metadata").read_bytes())
     place = next(iter(metadata.storage_data.values()))
     if case == "outside":
@@ -269,7 +269,9 @@ def nursery(pipe: "Connection[Any, Any]") -> None:
 
 
 @pytest.fixture
-def orders() -> Iterator["Connection[Any, Any]"]:
+def orders(monkeypatch: pytest.MonkeyPatch) -> Iterator["Connection[Any, Any]"]:
+    # One thread in the server, from which worlds may fork later.
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     ours, theirs = context.Pipe()

@@ -1,4 +1,4 @@
-"""Masks: each means what tests/masks.py says in plain Python, alone and composed; what means nothing is refused."""
+"""Masks: each means what tests/masks.py says in plain Python, alone and composed; nonsense is refused."""
 
 from random import Random
 

@@ -82,6 +82,14 @@ def test_cut_holds_the_same_slice(seed: int) -> None:
     assert cut(spans, 3, 3) == ()
 
 
+def test_cut_inside_a_run_keeps_the_runs_behind_it() -> None:
+    span = Span(2, 9, run=4, step=10)
+    held = [2, 3, 4, 5, 12, 13, 14, 15, 22]
+    for start in range(10):
+        for stop in range(start, 10):
+            assert listed(cut((span,), start, stop)) == held[start:stop]
+
+
 def test_compress_holds_the_same_positions_in_few_spans() -> None:
     assert compress([3, 4, 5, 9, 10, 2]) == (Span(3, 3), Span(9, 2), Span(2, 1))
     assert compress([]) == ()

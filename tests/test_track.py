@@ -125,7 +125,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
 
 def wandb_records(path: Path) -> Iterator[Any]:
     """The records of a .wandb file: LevelDB's log format behind a header of seven bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2 as proto
 
     block, head = 32768, struct.Struct("<IHB")
     data = path.read_bytes()
@@ -144,7 +144,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
         # A record is whole (1), or a first (2), middle (3) and last (4) part.
         parts = part if kind in (1, 2) else parts + part
         if kind in (1, 4):
-            record = Record()
+            record = proto.Record()  # type: ignore[attr-defined]
             record.ParseFromString(parts)
             yield record
 

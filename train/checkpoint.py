@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -231,7 +230,7 @@ def _read_extra(folder: Path) -> dict[str, Any]:
 
 
 def _check_json(value: Any, name: str) -> None:
-    """Only what comes back from JSON as it was: no tuples, no keys but strings, no NaN, no subclasses."""
+    """Only what comes back from Python's JSON as it was: NaN does; tuples and other keys do not."""
     if type(value) is dict:
         for key, item in value.items():
             if type(key) is not str:
@@ -240,8 +239,6 @@ def _check_json(value: Any, name: str) -> None:
     elif type(value) is list:
         for position, item in enumerate(value):
             _check_json(item, f"{name}[{position}]")
-    elif type(value) is float and not isfinite(value):
-        raise ValueError(f"{name} is {value}, which JSON cannot hold")
     elif value is not None and type(value) not in (str, int, float, bool):
         kind = type(value).__name__
         raise ValueError(f"{name} is of type {kind}; extra holds numbers, text, lists and dicts only")

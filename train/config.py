@@ -3,21 +3,22 @@ name.
 """
 
 import difflib
+import importlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_module
-from hydra.errors import HydraException
-from hydra.utils import get_object
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-ALLOWED = (
-    "longspan.",
+PACKAGE = "longspan."
+OPTIMIZERS = (
     "torch.optim.AdamW",
     "torch.optim.Adam",
     "torch.optim.SGD",
@@ -109,6 +110,10 @@ class Root:
     track: Any = MISSING
 
 
+# What a config must build, beside the nodes that are there.
+BUILT = ("model", "mask", "parallel.mesh", "parallel.layout", "engine", "data", "objective", "optim", "track")
+
+
 class ConfigError(ValueError):
     """A setting that cannot be: the message names it, its value and what would work."""
 
@@ -126,7 +131,7 @@ def typed(cfg: DictConfig, schema: type[Any] = Root) -> DictConfig:
         if isinstance(kind, type) and is_dataclass(kind) and isinstance(cfg.get(name), DictConfig):
             for key in cfg[name]:
                 if str(key) not in kind.__dataclass_fields__:
-                    known_here = suggestion(str(key), kind.__dataclass_fields__)
+                    known_here = suggestion(str(key), kind.__dataclass_fields__, f"{name}.")
                     raise ConfigError(f"unknown key '{name}.{key!s}'{known_here}")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), cfg)
@@ -137,16 +142,21 @@ def typed(cfg: DictConfig, schema: type[Any] = Root) -> DictConfig:
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise ConfigError(f"{missing[0]} has no value: give one with {missing[0]}=...")
+    for path in BUILT if schema is Root else ():
+        node = OmegaConf.select(merged, path)
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            raise ConfigError(f"{path} is {node!r}, which builds nothing: it needs a _target_, as in conf/")
     for key in merged:
         _check_node(merged[key], str(key))
     OmegaConf.set_readonly(merged, True)
     return merged
 
 
-def suggestion(word: str, known: Mapping[str, Any] | set[str]) -> str:
-    """'; did you mean ...?' with the nearest known word, or the list of them."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else f"; known here: {', '.join(sorted(known))}"
+def suggestion(word: str, known: Iterable[str], before: str = "") -> str:
+    """'; did you mean ...?' with the nearest known word after `before`, or the list of them."""
+    words = sorted(k for k in known if not k.startswith("_"))
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    return f"; did you mean '{before}{close[0]}'?" if close else f"; known here: {', '.join(words)}"
 
 
 def _check_node(node: Any, path: str) -> None:
@@ -161,26 +171,32 @@ def _check_node(node: Any, path: str) -> None:
         _check_node(node[key], f"{path}.{key!s}")
 
 
-def _check_call(node: DictConfig, path: str) -> None:
-    target = node["_target_"]
-    if not isinstance(target, str) or not (target.startswith("longspan.") or target in ALLOWED):
-        raise ConfigError(
-            f"{path}._target_ is {target!r}: only {', '.join(ALLOWED)}* may be built from a config"
-        )
+def _found(target: Any, path: str) -> type:
+    """The class that a `_target_` names. Only classes of this package and a few optimizers: it is code."""
+    named = f"{path}._target_ is {target!r}"
+    if not isinstance(target, str) or not (target.startswith(PACKAGE) or target in OPTIMIZERS):
+        raise ConfigError(f"{named}: a config may build {PACKAGE}* or {', '.join(OPTIMIZERS)} only")
+    module, _, name = target.rpartition(".")
     try:
-        made = get_object(target)
-    except Exception as error:
-        raise ConfigError(
-            f"{path}._target_ is {target!r}, which cannot be imported: {str(error).splitlines()[0]}"
-        ) from None
-    call = made.__init__ if inspect.isclass(made) else made
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{named}, which cannot be imported: {error}") from None
+    # what a module of ours has imported, such as os, is not ours to hand out
+    if not inspect.isclass(found) or (target not in OPTIMIZERS and found.__module__ != module):
+        raise ConfigError(f"{named}, which is no class of {module}")
+    return found
+
+
+def _check_call(node: DictConfig, path: str) -> None:
+    made = _found(node["_target_"], path)
+    call: Callable[..., Any] = made.__init__  # type: ignore[misc]
     parameters = {n: p for n, p in inspect.signature(call).parameters.items() if n != "self"}
     hints = get_type_hints(call)
     for key, value in node.items():
         if str(key) in ("_target_", "_partial_"):
             continue
         if str(key) in ("_args_", "_recursive_", "_convert_") or key not in parameters:
-            raise ConfigError(f"unknown key '{path}.{key!s}'{suggestion(str(key), parameters)}")
+            raise ConfigError(f"unknown key '{path}.{key!s}'{suggestion(str(key), parameters, f'{path}.')}")
         if key in hints and not _fits(value, hints[str(key)]):
             raise ConfigError(f"{path}.{key!s} is {value!r}; it must be {_words(hints[str(key)])}")
     if not node.get("_partial_", False):
@@ -225,11 +241,12 @@ def _words(hint: Any) -> str:
 
 def redacted(cfg: DictConfig) -> dict[str, Any]:
     """The config as plain data, with the values of keys that look like secrets replaced."""
+    plainly = (int, float, NoneType)
 
     def clean(node: Any) -> Any:
         if isinstance(node, dict):
             return {
-                k: "<redacted>" if SECRET.search(str(k)) and isinstance(v, str) else clean(v)
+                k: "<redacted>" if SECRET.search(str(k)) and not isinstance(v, plainly) else clean(v)
                 for k, v in node.items()
             }
         return [clean(x) for x in node] if isinstance(node, list) else node
@@ -239,13 +256,43 @@ def redacted(cfg: DictConfig) -> dict[str, Any]:
     return plain
 
 
+def redacted_argument(argument: str) -> str:
+    """A word of the command line, without the value of a key that looks like a secret."""
+    key, equals, _ = argument.partition("=")
+    secret = equals and any(SECRET.search(part) for part in key.split("."))
+    return f"{key}=<redacted>" if secret else argument
+
+
+def made(node: Any) -> Any:
+    """What a config node builds. What its constructor raises comes as it was raised, without Hydra's
+    frame.
+    """
+    try:
+        return instantiate(node)
+    except InstantiationException as error:
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise cause from None
+
+
 def hint(error: Exception, overrides: list[str], root: str) -> str:
-    """Hydra's complaint in one or two lines, with the nearest key that exists."""
+    """Hydra's complaint in one or two lines, with the nearest key or choice that exists."""
     text = " ".join(str(error).split())
-    found = re.search(r"Could not override '([^']+)'", text)
-    if not found:
-        return text
-    path = found.group(1)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read '{error.override}': write key=value, and quotes around a value like \"a,b = [c]\""
+    if found := re.search(r"Could not find '(.+?)/([^/']+)'.*Available options in '.+?': (.*?)( Config |$)", text):
+        group, choice, there = found.group(1), found.group(2), found.group(3).split()
+        return f"{group}={choice}: there is no such choice{suggestion(choice, there, f'{group}=')}"
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return _unknown(found.group(1), overrides, root) or text
+    return text
+
+
+def _unknown(path: str, overrides: list[str], root: str) -> str | None:
+    """The complaint about an override of a key that is not there; None if the rest cannot be composed
+    either.
+    """
     parent, _, last = path.rpartition(".")
     rest = [o for o in overrides if not o.startswith("-") and o.split("=")[0].lstrip("+~") != path]
     try:
@@ -253,7 +300,8 @@ def hint(error: Exception, overrides: list[str], root: str) -> str:
             whole = compose(root, overrides=rest)
         there = OmegaConf.select(whole, parent) if parent else whole
     except (HydraException, OmegaConfBaseException):
-        return text
+        return None
     if not isinstance(there, DictConfig):
         return f"unknown key '{path}': '{parent}' has no keys below it"
-    return f"unknown key '{path}'{suggestion(last, {str(k) for k in there})}"
+    before = f"{parent}." if parent else ""
+    return f"unknown key '{path}'{suggestion(last, {str(k) for k in there}, before)}"

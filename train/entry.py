@@ -19,6 +19,7 @@ from .agree import PeerError
 from .config import hint
 
 FAILED, BAD_INPUT = 1, 2
+OTHERS_WAIT_S = 2.0
 
 
 def entry(work: Callable[[], object], root: str, env: MutableMapping[str, str]) -> None:
@@ -34,13 +35,12 @@ def entry(work: Callable[[], object], root: str, env: MutableMapping[str, str]) 
 
 
 def leave(code: int, message: str, rank: int) -> None:
-    """Prints the message on rank 0 and exits; the others wait so that torchrun does not stop rank 0 before it
-    has spoken.
+    """Prints the message and exits. Other ranks than 0 wait first, so that rank 0 speaks for all and torchrun
+    ends them; what only they know is told then.
     """
-    if rank == 0:
-        print(f"longspan: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(1.0)
+    if rank:
+        time.sleep(OTHERS_WAIT_S)
+    print(f"longspan: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -81,7 +81,7 @@ def _text(job: Job, cfg: DictConfig, folder: Path, found: dict[str, Any]) -> dic
         },
         "by_position": {"edges": edges, "bits_per_byte": values},
     }
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and values:
         loss_by_position(edges, values, folder / "position.png", shard_edges=[])
     buckets = zip(edges, edges[1:], values, strict=False)
     return {

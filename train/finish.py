@@ -77,8 +77,8 @@ def draw(loop: Loop, folder: Path, found: HeldOut | None, sent: np.ndarray, othe
     made = {"loss": loss_curve(rows, folder / "loss.png", evals=loop.state.evals, bounds=others)}
     length = job.data.context
     placement = job.layout.place(length, job.mask)
-    if found:
-        edges, values = found.by_position()
+    edges, values = found.by_position() if found else ([], [])
+    if values:
         ends = sorted(
             {s.last + 1 for spans in placement.spans_by_rank for s in spans if s.contiguous} - {length}
         )

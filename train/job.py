@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..kernels.mask import Mask
 from ..parallel.layout import Layout
 from .agree import Ranks
+from .config import made
 from .data.sample import Dataset
 from .engine.protocol import Engine
 from .optim import Optim
@@ -51,25 +51,43 @@ def processes(launch: Launch, wanted: str, timeout_s: float) -> Iterator[torch.d
         raise ValueError(
             f"device is {wanted!r}; it can be auto, cpu{', cuda' if torch.cuda.is_available() else ''} here"
         )
+    if timeout_s <= 0:
+        raise ValueError(f"timeout_s is {timeout_s}; it must be more than 0 seconds")
     device = torch.device(kind, launch.local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
     else:
         # more threads than cores make ranks that share a machine ten times slower
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world))
-    begun = not dist.is_initialized()
-    if begun:
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        timeout = datetime.timedelta(seconds=timeout_s)
-        if launch.world == 1:  # no port is needed
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
-            dist.init_process_group(backend, timeout=timeout)
+    if dist.is_initialized():
+        yield device
+        return
+    _connect(launch, kind, datetime.timedelta(seconds=timeout_s))
     try:
         yield device
-    finally:
-        if begun:
+    except BaseException:
+        # tearing down waits for peers, who may never come
+        if launch.world == 1:
             dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _connect(launch: Launch, kind: str, timeout: datetime.timedelta) -> None:
+    """Initialises the process group. OSError if the ranks cannot find each other."""
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    if launch.world == 1:  # no port is needed
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (ValueError, dist.DistError) as error:
+        env = launch.env or {}
+        where = f"MASTER_ADDR={env.get('MASTER_ADDR')} MASTER_PORT={env.get('MASTER_PORT')}"
+        raise ConnectionError(
+            f"rank {launch.rank} of {launch.world} cannot join the others at {where}: "
+            f"{str(error).splitlines()[0]}; torchrun --standalone finds a free port"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -110,16 +128,16 @@ def open_data(cfg: DictConfig, launch: Launch, ranks: Ranks) -> Dataset:
 
     def prepare() -> None:
         if launch.local_rank == 0:
-            instantiate(cfg.data)
+            made(cfg.data)
 
     ranks.together(prepare)
-    data: Dataset = ranks.together(lambda: instantiate(cfg.data))
+    data: Dataset = ranks.together(lambda: made(cfg.data))
     return data
 
 
 def build_layout(cfg: DictConfig, launch: Launch, device: torch.device) -> tuple[DeviceMesh, Layout]:
-    mesh = instantiate(cfg.parallel.mesh).build(device.type, node=launch.local_world)
-    return mesh, instantiate(cfg.parallel.layout)(mesh)
+    mesh = made(cfg.parallel.mesh).build(device.type, node=launch.local_world)
+    return mesh, made(cfg.parallel.layout)(mesh)
 
 
 def build_model(cfg: DictConfig, data: Dataset, mask: Mask) -> nn.Module:
@@ -130,7 +148,7 @@ def build_model(cfg: DictConfig, data: Dataset, mask: Mask) -> nn.Module:
             f"model.vocab is {vocab}, but the data's tokenizer has {data.vocab} tokens: set model.vocab=null"
         )
     torch.manual_seed(cfg.seed)
-    model: nn.Module = instantiate(cfg.model)(
+    model: nn.Module = made(cfg.model)(
         vocab=vocab or data.vocab, mask=mask, recompute=cfg.memory.recompute
     )
     return model
@@ -141,13 +159,13 @@ def build(cfg: DictConfig, launch: Launch, device: torch.device) -> Job:
     check_numbers(cfg)
     ranks = Ranks(kinds=(ValueError, FileNotFoundError, OSError))
     mesh, layout = build_layout(cfg, launch, device)
-    mask: Mask = instantiate(cfg.mask)
+    mask: Mask = made(cfg.mask)
     data = open_data(cfg, launch, ranks)
     layout.place(data.context, mask)
     model = build_model(cfg, data, mask).to(device)
-    objective = instantiate(cfg.objective)(model)
-    optim: Optim = instantiate(cfg.optim)
-    engine: Engine = instantiate(cfg.engine)
+    objective = made(cfg.objective)(model)
+    optim: Optim = made(cfg.optim)
+    engine: Engine = made(cfg.engine)
     engine.wrap(objective, optim.build(model), mesh)
     return Job(cfg, launch, device, ranks, mesh, layout, data, mask, model, objective, engine, optim)
 

@@ -80,9 +80,7 @@ class Loop:
             if stopped is not None:
                 self.record.note(f"signal {stopped}: saving step {self.state.step} and leaving")
                 break
-        if self.saved != self.state.step:
-            self.save(must=True)
-        self.checkpoints.wait()
+        self.save_last()
         return stopped
 
     def _out_of_time(self) -> bool:
@@ -169,21 +167,31 @@ class Loop:
         self.meter.restart()
         return found
 
-    def save(self, *, must: bool = False) -> None:
-        """A checkpoint of now. One that fails is reported and training goes on, except the last one
-        (`must`).
-        """
+    def save(self) -> None:
+        """A checkpoint of now, written beside training. One that fails is reported: training goes on."""
+        self._finished()
         try:
             self.checkpoints.save(self.state.step, self.job.engine.save(), extra(self.job, self.state))
-            if must:
-                self.checkpoints.wait()
-        except SaveError as error:
-            if must:
-                raise
-            self.record.note(f"checkpoint of step {self.state.step} failed, training goes on: {error}")
-        else:
             self.saved = self.state.step
+        except SaveError as error:
+            self.record.note(f"checkpoint of step {self.state.step} failed, training goes on: {error}")
         self.meter.restart()
+
+    def save_last(self) -> None:
+        """The checkpoint that the run ends with; SaveError if it cannot be written, also at a second try."""
+        if self.saved != self.state.step or not self._finished():
+            self.checkpoints.save(self.state.step, self.job.engine.save(), extra(self.job, self.state))
+            self.checkpoints.wait()
+            self.saved = self.state.step
+
+    def _finished(self) -> bool:
+        """Waits for the save before, if it is still being written; False, and a note, if it failed."""
+        try:
+            self.checkpoints.wait()
+        except SaveError as error:
+            self.record.note(f"checkpoint failed, training goes on: {error}")
+            return False
+        return True
 
 
 def extra(job: Job, state: State) -> dict[str, Any]:

@@ -51,7 +51,10 @@ class Optim:
             {"params": decayed, "weight_decay": self.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        return self.optimizer([g for g in groups if g["params"]], lr=self.lr)
+        try:
+            return self.optimizer([g for g in groups if g["params"]], lr=self.lr)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optim.optimizer cannot be built: {error}") from None
 
     def lr_at(self, step: int, steps: int) -> float:
         """Learning rate of step `step` (from 0) of `steps`."""

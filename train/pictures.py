@@ -256,7 +256,9 @@ def _draw_mask(axes: Axes, owner: Ints, tiles: Ints, mask: str) -> None:
         interpolation="nearest",
         aspect="auto",
     )
-    axes.set(title=f"mask: {mask}", xlabel="key", ylabel="query, in its rank's colour")
+    # A longer title would run into the next panel's.
+    short = mask if len(mask) <= 36 else f"{mask[:35]}…"
+    axes.set(title=f"mask: {short}", xlabel="key", ylabel="query, in its rank's colour")
     axes.set_box_aspect(1)
     _position_axis(axes.xaxis, len(owner))
     _position_axis(axes.yaxis, len(owner))

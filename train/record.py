@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+from .config import redacted_argument
 from .progress import Progress
 from .track import Metrics, Tracker, Value
 
@@ -71,7 +72,7 @@ def open_folder(folder: Path, config: dict[str, Any], facts: dict[str, Any]) -> 
         "torch": torch.__version__,
         "platform": platform.platform(),
     }
-    write_json(folder / "run.json", {"command": sys.argv, **versions, **facts})
+    write_json(folder / "run.json", {"command": [redacted_argument(a) for a in sys.argv], **versions, **facts})
     link = folder.parent / "latest"
     if link.is_symlink() or not link.exists():
         link.unlink(missing_ok=True)

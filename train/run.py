@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from .agree import Ranks
 from .checkpoint import Checkpoints
-from .config import redacted, typed
+from .config import made, redacted, typed
 from .entry import guarded
 from .finish import finish, headline
 from .job import Job, Launch, build, parameter_counts, processes, run_folder
@@ -111,7 +110,7 @@ def _record(job: Job, folder: Path, state: State, shown: Progress) -> Record:
         env: Mapping[str, str] = job.launch.env or {}
         open_folder(folder, config, {"world": dist.get_world_size(), "data": job.data.describe()})
         metrics = Metrics(folder / "metrics.jsonl", resume_step=state.step or None)
-        tracker = instantiate(job.cfg.track)(
+        tracker = made(job.cfg.track)(
             run_dir=folder, name=folder.name, config=config, resume=state.step > 0, env=env
         )
         return Record(0, shown, metrics, tracker)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import hydra
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from ..kernels.attention import attention
 from ..kernels.mask import Mask
 from ..kernels.span import Span
 from ..models.gpt import GPT
-from .config import Run, typed
+from .config import Run, made, typed
 from .entry import entry, guarded
 from .job import Launch, build_model, processes
 from .trained import config_of, load_weights
@@ -127,8 +126,8 @@ def sample(cfg: DictConfig, launch: Launch) -> int:
     folder = Path(cfg.run.dir)
     config = config_of(folder)
     with processes(launch, cfg.device, 600.0) as device:
-        data = instantiate(config.data)
-        model = build_model(config, data, instantiate(config.mask)).to(device).eval()
+        data = made(config.data)
+        model = build_model(config, data, made(config.mask)).to(device).eval()
         load_weights(folder, cfg.checkpoint, model, lambda line: print(line, file=sys.stderr))
         prompt = data.encode(cfg.prompt)
         if not prompt:

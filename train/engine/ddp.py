@@ -69,7 +69,11 @@ class DDP:
         self.optimizer.zero_grad()
 
     def save(self) -> dict[str, Any]:
+        fresh = not self.optimizer.state
         optim = get_optimizer_state_dict(self.model, self.optimizer)
+        if fresh:
+            # torch made the state by a step with zero gradients, which a run that starts here must not count
+            self.optimizer.state.clear()
         return {"model": get_model_state_dict(self.model), "optim": optim["state"]}
 
     def load(self, state: dict[str, Any]) -> None:
