@@ -20,10 +20,12 @@ from .flash_forward import (
     constants,
     dense,
     load_tile,
+    matrix,
     place,
     require,
     scored,
     sigmoid,
+    steps,
     store_tile,
     tanh,
 )
@@ -70,15 +72,15 @@ def launch_dq(
 ) -> Tensor:  # fmt: skip
     """dq over given lists: the key tiles of each query tile."""
     q, scores = scored(q, options)
-    q, k, v, dout = dense(q), dense(k), dense(v), rows.dout
+    q, k, v = dense(q), dense(k), dense(v)
     dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     sizes = Sizes(q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1])
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    strides, unit = steps(q, k, v, rows.dout)
     # the scale keeps its sign here: it carries that of a q which `scored` flipped
     with torch.cuda.device_of(q):
         attention_backward_dq_kernel[(sizes.batch * sizes.heads * lists.rows,)](
             q, k, v, rows, dq, strides, lists, operands(low), sizes, scores, options.scaling(q.shape[3]),
-            **constants(q, low, options, block),
+            UNIT=unit, **constants(q, low, options, block),
         )  # fmt: skip
     return dq
 
@@ -89,14 +91,14 @@ def launch_dkdv(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv over given lists: the query tiles of each key tile."""
     q, scores = scored(q, options)
-    q, k, v, dout = dense(q), dense(k), dense(v), rows.dout
+    q, k, v = dense(q), dense(k), dense(v)
     dk, dv = (torch.empty(k.shape, dtype=torch.float32, device=q.device) for _ in range(2))
     sizes = Sizes(q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1])
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    strides, unit = steps(q, k, v, rows.dout)
     with torch.cuda.device_of(q):
         attention_backward_dkdv_kernel[(sizes.batch * sizes.kv_heads * lists.rows,)](
             q, k, v, rows, dk, dv, strides, lists, operands(low), sizes, scores,
-            abs(options.scaling(q.shape[3])), **constants(q, low, options, block),
+            abs(options.scaling(q.shape[3])), UNIT=unit, **constants(q, low, options, block),
         )  # fmt: skip
     return dk, dv
 
@@ -147,27 +149,21 @@ def gradient(p, dp, delta, slope, SIGMOID: tl.constexpr):  # type: ignore[no-unt
 def attention_backward_dq_kernel(  # type: ignore[no-untyped-def]
     Q, K, V, rows, DQ, strides, lists, mask, sizes, scores, scale,
     TREE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SIGMOID: tl.constexpr, CAP: tl.constexpr,
+    SIGMOID: tl.constexpr, CAP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One program: one query tile of one head. strides: batch, tokens, heads of q, k, v, dout."""
+    """One program: one query tile of one head. strides, in UNITs: batch, tokens, heads of q, k, v, dout."""
     row, tile, b, h = place(lists, sizes.batch, sizes.heads)
     kv = h // (sizes.heads // sizes.kv_heads)
-    b64, h64, kv64 = b.to(tl.int64), h.to(tl.int64), kv.to(tl.int64)
     start = tile * BM
-    q_base, do_base = (
-        Q + b64 * strides[0] + h64 * strides[2],
-        rows.dout + b64 * strides[9] + h64 * strides[11],
-    )
-    q = load_tile(q_base, start, strides[1], sizes.queries, BM, D, WIDTH, True)
-    do = load_tile(do_base, start, strides[10], sizes.queries, BM, D, WIDTH, True)
+    q = load_tile(matrix(Q, strides[0], b, h, UNIT), start, sizes.queries, BM, D, WIDTH, True)
+    do = load_tile(matrix(rows.dout, strides[3], b, h, UNIT), start, sizes.queries, BM, D, WIDTH, True)
     lse, delta = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     if not SIGMOID:
         m = start + tl.arange(0, BM)
-        line = (b64 * sizes.heads + h) * sizes.queries
+        line = (b.to(tl.int64) * sizes.heads + h) * sizes.queries
         delta = load_row(rows.delta + line, m, sizes.queries, 0.0, True)
         lse = load_row(rows.lse + line, m, sizes.queries, float("inf"), True)
-    keys = (K + b64 * strides[3] + kv64 * strides[5], strides[4])
-    values = (V + b64 * strides[6] + kv64 * strides[8], strides[7])
+    keys, values = matrix(K, strides[1], b, kv, UNIT), matrix(V, strides[2], b, kv, UNIT)
     first, middle, last = borders(lists, row, sizes.keys // BN)
     at = (b % mask.rows, kv, start)
     dq = tl.zeros([BM, WIDTH], tl.float32)
@@ -179,8 +175,7 @@ def attention_backward_dq_kernel(  # type: ignore[no-untyped-def]
         dq, (q, do, lse, delta), keys, values, (lists.index, middle, last), at, mask, sizes, scores,
         True, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
     )  # fmt: skip
-    out = DQ + (b64 * sizes.queries * sizes.heads + h) * D
-    store_tile(out, start, sizes.heads * D, sizes.queries, dq * scale, BM, D, WIDTH)
+    store_tile(DQ, dq * scale, b, h, sizes.heads, start, sizes.queries, BM, D, WIDTH)
 
 
 @triton.jit
@@ -196,8 +191,8 @@ def _sweep_keys(  # type: ignore[no-untyped-def]
     for i in range(first, last):
         start = column * BN
         column = tl.load(index + tl.minimum(i + 1, last - 1))
-        k = load_tile(keys[0], start, keys[1], sizes.keys, BN, D, WIDTH, PARTIAL)
-        v = load_tile(values[0], start, values[1], sizes.keys, BN, D, WIDTH, PARTIAL)
+        k = load_tile(keys, start, sizes.keys, BN, D, WIDTH, PARTIAL)
+        v = load_tile(values, start, sizes.keys, BN, D, WIDTH, PARTIAL)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         seen = True
@@ -214,24 +209,21 @@ def _sweep_keys(  # type: ignore[no-untyped-def]
 def attention_backward_dkdv_kernel(  # type: ignore[no-untyped-def]
     Q, K, V, rows, DK, DV, strides, lists, mask, sizes, scores, scale,
     TREE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SIGMOID: tl.constexpr, CAP: tl.constexpr,
+    SIGMOID: tl.constexpr, CAP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program: one key tile of one kv head, over all query heads that share it."""
     row, tile, b, kv = place(lists, sizes.batch, sizes.kv_heads)
-    b64, kv64 = b.to(tl.int64), kv.to(tl.int64)
     start = tile * BN
-    k_base, v_base = K + b64 * strides[3] + kv64 * strides[5], V + b64 * strides[6] + kv64 * strides[8]
-    k = load_tile(k_base, start, strides[4], sizes.keys, BN, D, WIDTH, True)
-    v = load_tile(v_base, start, strides[7], sizes.keys, BN, D, WIDTH, True)
+    k = load_tile(matrix(K, strides[1], b, kv, UNIT), start, sizes.keys, BN, D, WIDTH, True)
+    v = load_tile(matrix(V, strides[2], b, kv, UNIT), start, sizes.keys, BN, D, WIDTH, True)
     first, middle, last = borders(lists, row, sizes.queries // BM)
     at = (b % mask.rows, kv, start)
     dk, dv = tl.zeros([BN, WIDTH], tl.float32), tl.zeros([BN, WIDTH], tl.float32)
     group = sizes.heads // sizes.kv_heads
     for g in range(group):
-        h64 = kv64 * group + g
-        queries = (Q + b64 * strides[0] + h64 * strides[2], strides[1])
-        douts = (rows.dout + b64 * strides[9] + h64 * strides[11], strides[10])
-        line = (b64 * sizes.heads + h64) * sizes.queries
+        h = kv * group + g
+        queries, douts = matrix(Q, strides[0], b, h, UNIT), matrix(rows.dout, strides[3], b, h, UNIT)
+        line = (b.to(tl.int64) * sizes.heads + h) * sizes.queries
         dk, dv = _sweep_queries(
             dk, dv, (k, v), queries, douts, rows, line, (lists.index, first, middle), at, mask, sizes, scores,
             False, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
@@ -240,9 +232,8 @@ def attention_backward_dkdv_kernel(  # type: ignore[no-untyped-def]
             dk, dv, (k, v), queries, douts, rows, line, (lists.index, middle, last), at, mask, sizes, scores,
             True, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
         )  # fmt: skip
-    out = (b64 * sizes.keys * sizes.kv_heads + kv) * D
-    store_tile(DK + out, start, sizes.kv_heads * D, sizes.keys, dk * scale, BN, D, WIDTH)
-    store_tile(DV + out, start, sizes.kv_heads * D, sizes.keys, dv, BN, D, WIDTH)
+    store_tile(DK, dk * scale, b, kv, sizes.kv_heads, start, sizes.keys, BN, D, WIDTH)
+    store_tile(DV, dv, b, kv, sizes.kv_heads, start, sizes.keys, BN, D, WIDTH)
 
 
 @triton.jit
@@ -258,8 +249,8 @@ def _sweep_queries(  # type: ignore[no-untyped-def]
     for i in range(first, last):
         start = column * BM
         column = tl.load(index + tl.minimum(i + 1, last - 1))
-        q = load_tile(queries[0], start, queries[1], sizes.queries, BM, D, WIDTH, PARTIAL)
-        do = load_tile(douts[0], start, douts[1], sizes.queries, BM, D, WIDTH, PARTIAL)
+        q = load_tile(queries, start, sizes.queries, BM, D, WIDTH, PARTIAL)
+        do = load_tile(douts, start, sizes.queries, BM, D, WIDTH, PARTIAL)
         m = start + tl.arange(0, BM)
         lse, delta = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
         if not SIGMOID:

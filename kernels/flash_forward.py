@@ -139,11 +139,11 @@ def launch(
     if options.normalizer == "softmax":
         lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     sizes = Sizes(q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1])
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    strides, unit = steps(q, k, v)
     with torch.cuda.device_of(q):
         attention_forward_kernel[(sizes.batch * sizes.heads * lists.rows,)](
             q, k, v, out, lse, strides, lists, operands(low), sizes, scores,
-            **constants(q, low, options, block),
+            UNIT=unit, **constants(q, low, options, block),
         )  # fmt: skip
     return out, lse
 
@@ -178,6 +178,15 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and x.stride(1) < 2**23 else x.contiguous()
 
 
+def steps(*tensors: Tensor) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """Strides of batch, tokens and heads of each tensor in units of up to 8 elements, and the unit.
+
+    Triton itself notices multiples of 16 only, and would load a head dim of 72 element by element.
+    """
+    unit = math.gcd(8, *(stride for x in tensors for stride in x.stride()[:3]))
+    return tuple(tuple(stride // unit for stride in x.stride()[:3]) for x in tensors), unit
+
+
 @triton.jit
 def place(lists, batch, heads):  # type: ignore[no-untyped-def]
     """This program's list row, its tile, batch row and head: longest lists first, then who shares a list."""
@@ -204,12 +213,18 @@ def borders(lists, row, short):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def matrix(X, strides, b, h, UNIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tokens of one batch row and head: where they start, and the stride from one to the next."""
+    return X + (b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[2]) * UNIT, strides[1] * UNIT
+
+
+@triton.jit
 def load_tile(  # type: ignore[no-untyped-def]
-    base, start, stride, limit, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr
+    tokens, start, limit, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr
 ):
-    """Rows from `start` of a [limit, D] matrix, as [ROWS, WIDTH]: 0 beyond D; beyond `limit` too if CHECK."""
+    """Tokens from `start` of a [limit, D] matrix as [ROWS, WIDTH]: 0 beyond D; beyond `limit` too if CHECK."""
     i, d = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
-    at = base + start.to(tl.int64) * stride + (i * stride + d)
+    at = tokens[0] + start.to(tl.int64) * tokens[1] + (i * tokens[1] + d)
     if CHECK and D < WIDTH:
         return tl.load(at, mask=(start + i < limit) & (d < D), other=0.0)
     elif CHECK:
@@ -222,12 +237,12 @@ def load_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def store_tile(  # type: ignore[no-untyped-def]
-    base, start, stride, limit, x, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
+    X, x, b, h, heads, start, limit, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Store x [ROWS, WIDTH] into the rows from `start` of a [limit, D] matrix."""
+    """Store x [ROWS, WIDTH] into the tokens from `start` of X [batch, limit, heads, D], contiguous."""
     i, d = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
-    at = base + start.to(tl.int64) * stride + (i * stride + d)
-    tl.store(at, x, mask=(start + i < limit) & (d < D))
+    first = ((b.to(tl.int64) * limit + start) * heads + h) * D
+    tl.store(X + first + (i * (heads * D) + d), x, mask=(start + i < limit) & (d < D))
 
 
 @triton.jit
@@ -245,17 +260,14 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
 def attention_forward_kernel(  # type: ignore[no-untyped-def]
     Q, K, V, OUT, LSE, strides, lists, mask, sizes, scores,
     TREE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SIGMOID: tl.constexpr, CAP: tl.constexpr,
+    SIGMOID: tl.constexpr, CAP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One program: one query tile of one head. strides: batch, tokens, heads of q, k, v."""
+    """One program: one query tile of one head. strides, in UNITs: batch, tokens, heads of q, k, v."""
     row, tile, b, h = place(lists, sizes.batch, sizes.heads)
     kv = h // (sizes.heads // sizes.kv_heads)
-    b64, h64, kv64 = b.to(tl.int64), h.to(tl.int64), kv.to(tl.int64)
     start = tile * BM
-    q_base = Q + b64 * strides[0] + h64 * strides[2]
-    q = load_tile(q_base, start, strides[1], sizes.queries, BM, D, WIDTH, True)
-    keys = (K + b64 * strides[3] + kv64 * strides[5], strides[4])
-    values = (V + b64 * strides[6] + kv64 * strides[8], strides[7])
+    q = load_tile(matrix(Q, strides[0], b, h, UNIT), start, sizes.queries, BM, D, WIDTH, True)
+    keys, values = matrix(K, strides[1], b, kv, UNIT), matrix(V, strides[2], b, kv, UNIT)
     first, middle, last = borders(lists, row, sizes.keys // BN)
     at = (b % mask.rows, kv, start)
     acc = tl.zeros([BM, WIDTH], tl.float32)
@@ -274,9 +286,8 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
         acc = acc / norm[:, None]
         lse = tl.where(dead, float("-inf"), (top + tl.log2(norm)) * LN2)
         m = start + tl.arange(0, BM)
-        tl.store(LSE + (b64 * sizes.heads + h) * sizes.queries + m, lse, mask=m < sizes.queries)
-    out = OUT + (b64 * sizes.queries * sizes.heads + h) * D
-    store_tile(out, start, sizes.heads * D, sizes.queries, acc, BM, D, WIDTH)
+        tl.store(LSE + (b.to(tl.int64) * sizes.heads + h) * sizes.queries + m, lse, mask=m < sizes.queries)
+    store_tile(OUT, acc, b, h, sizes.heads, start, sizes.queries, BM, D, WIDTH)
 
 
 @triton.jit
@@ -293,7 +304,7 @@ def _sweep(  # type: ignore[no-untyped-def]
     for i in range(first, last):
         start = column * BN
         column = tl.load(index + tl.minimum(i + 1, last - 1))
-        k = load_tile(keys[0], start, keys[1], sizes.keys, BN, D, WIDTH, PARTIAL)
+        k = load_tile(keys, start, sizes.keys, BN, D, WIDTH, PARTIAL)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         factor = scores.scale
         if CAP:
@@ -316,6 +327,6 @@ def _sweep(  # type: ignore[no-untyped-def]
             norm = norm * fade + tl.sum(p, 1)
             acc = acc * fade[:, None]
             top = new
-        v = load_tile(values[0], start, values[1], sizes.keys, BN, D, WIDTH, PARTIAL)
+        v = load_tile(values, start, sizes.keys, BN, D, WIDTH, PARTIAL)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, top, norm

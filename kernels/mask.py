@@ -7,7 +7,7 @@ kernels inline), its *parameters* (run-time numbers, so that no kernel is recomp
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
@@ -32,10 +32,21 @@ class Unsupported(ValueError):
 class Range(NamedTuple):
     """Least and greatest position in each tile, both inclusive: int64, broadcastable over [batch, head, q
     tile, k tile].
+
+    Where the positions themselves are at hand, they are `at`, int64 [1 or batch, tiles, tile], and `tile`
+    says which of these tiles each bound is of: int64, broadcastable over [head, q tile, k tile].
     """
 
     low: Tensor
     high: Tensor
+    at: Tensor | None = None
+    tile: Tensor | None = None
+
+    def of(self, coordinate: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Least and greatest value of a function of the position, which must be at hand."""
+        assert self.at is not None
+        low, high = coordinate(self.at).aminmax(dim=-1)
+        return low[:, self.tile], high[:, self.tile]
 
 
 @dataclass
@@ -269,10 +280,17 @@ class Documents(Mask):
         if not self.inner.shift_invariant:
             # a tile that spans documents holds positions from 0; its greatest is bounded by the one before
             # the cut
-            q = Range(torch.where(a == b, q.low - q0, 0), q.high - q0)
-            k = Range(torch.where(c == d, k.low - k0, 0), k.high - k0)
+            q = self._within(q, Range(torch.where(a == b, q.low - q0, 0), q.high - q0))
+            k = self._within(k, Range(torch.where(c == d, k.low - k0, 0), k.high - k0))
         inner_some, inner_every = self.inner.classify(q, k, head, of)
         return some & inner_some, every & inner_every
+
+    def _within(self, x: Range, bounds: Range) -> Range:
+        """Positions within the document: exact if they are at hand, else `bounds`."""
+        if x.at is None:
+            return bounds
+        at = x.at - self.starts(x.at)[0]
+        return Range(*Range(x.low, x.high, at, x.tile).of(lambda p: p), at, x.tile)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def _grid(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, group: tuple[int,
     tile = 128 if max(len(low.q), len(low.k)) <= 2048 else 256
     q = _borders(low.q, low.tables_q, (at_q, at_k), tile)
     k = _borders(low.k, low.tables_k, (at_k, at_q), tile)
-    some, every = classify(mask, _bounds(low.q, q), _bounds(low.k, k), kv_heads)
+    some, every = classify(mask, _range(low.q, q), _range(low.k, k), kv_heads)
     some, every = some[row, head], every[row, head]
     return Grid(low, q, k, every, some & ~every)
 
@@ -98,12 +98,12 @@ def _borders(at: Tensor, tables: Tensor, spans: tuple[Spans, Spans], tile: int) 
     return borders
 
 
-def _bounds(at: Tensor, borders: list[int]) -> Range:
-    size = torch.tensor(borders).diff()
-    tile = torch.repeat_interleave(torch.arange(len(size)), size)
-    empty = torch.zeros(len(size), dtype=torch.int64)
-    low, high = (empty.scatter_reduce(0, tile, at.long(), x, include_self=False) for x in ("amin", "amax"))
-    return Range(low, high)
+def _range(at: Tensor, borders: list[int]) -> Range:
+    """Bounds and positions of the tiles; a short tile repeats its last position."""
+    edge = torch.tensor(borders)
+    index = edge[:-1, None] + torch.arange(int(edge.diff().max()))
+    held = at.long()[index.minimum(edge[1:, None] - 1)]
+    return Range(held.amin(1), held.amax(1), held[None])
 
 
 def _next_steps(grid: Grid, i: int) -> tuple[int, list[Step]]:

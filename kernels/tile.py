@@ -38,8 +38,11 @@ def classify(mask: Mask, q: Range, k: Range, kv_heads: int) -> tuple[Tensor, Ten
     if not mask.per_head:
         heads = heads[:1]
     head = torch.tensor(heads, device=q.low.device)[None, :, None, None]
-    rows = Range(*(x[None, None, :, None] for x in q))
-    columns = Range(*(x[None, None, None, :] for x in k))
+    each = (torch.arange(len(x.low), device=x.low.device) for x in (q, k))
+    rows, columns = (
+        x._replace(low=x.low.view(shape), high=x.high.view(shape), tile=i.view(shape[1:]))
+        for x, i, shape in zip((q, k), each, ((1, 1, -1, 1), (1, 1, 1, -1)), strict=True)
+    )
     some, every = mask.classify(rows, columns, head, of)
     shape = (mask.batch(), len(heads), len(q.low), len(k.low))
     return some.expand(shape), (every & some).expand(shape)

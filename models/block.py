@@ -19,6 +19,13 @@ class Attend(Protocol):
         ...
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of each head in the weight's dtype, returned in x's: under autocast the two differ."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention (Ainslie et al. 2023) with RoPE and, if asked, RMS-normalised queries and
     keys.
@@ -33,8 +40,8 @@ class Attention(nn.Module):
         self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
         self.v = nn.Linear(dim, kv_heads * head_dim, bias=False)
         self.o = nn.Linear(heads * head_dim, dim, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend, mask: Mask) -> Tensor:
         """x [B, T, dim], angles of the T tokens' global positions -> [B, T, dim]."""

@@ -38,7 +38,8 @@ class GPT(nn.Module):
 
     def __init__(
         self, vocab: int | None, dim: int, layers: int, heads: int, hidden: int, *,
-        kv_heads: int | None = None, head_dim: int | None = None, rope: Rope | None = None, mask: Mask | Sequence[Mask] | None = None,
+        kv_heads: int | None = None, head_dim: int | None = None, rope: Rope | None = None,
+        mask: Mask | Sequence[Mask] | None = None,
         tied: bool = True, qk_norm: bool = False, predecessor: bool = False, recompute: bool = False,
         eps: float = 1e-5, init_std: float = 0.02,
     ) -> None:  # fmt: skip
@@ -46,8 +47,8 @@ class GPT(nn.Module):
         if vocab is None:
             raise ValueError("model.vocab is null; give the number of token ids")
         kv_heads = heads if kv_heads is None else kv_heads
-        sizes = {"vocab": vocab, "dim": dim, "layers": layers, "heads": heads, "kv_heads": kv_heads, "hidden": hidden}
-        for name, size in sizes.items():
+        sizes = {"vocab": vocab, "dim": dim, "layers": layers, "hidden": hidden}
+        for name, size in (sizes | {"heads": heads, "kv_heads": kv_heads}).items():
             if size < 1:
                 raise ValueError(f"model.{name} is {size}; it must be at least 1")
         if heads % kv_heads:
@@ -69,7 +70,7 @@ class GPT(nn.Module):
         self.masks, self.rope, self.recompute = tuple(masks), rope or Rope(), recompute
         self.layers, self.heads, self.kv_heads, self.head_dim = layers, heads, kv_heads, head_dim
         self.embed = nn.Embedding(vocab, dim)
-        self.mix = nn.Parameter(torch.empty(dim)) if predecessor else None
+        self.mix = nn.Linear(dim, dim, bias=False) if predecessor else None
         self.blocks = nn.ModuleList(
             Block(
                 Attention(dim, heads=heads, kv_heads=kv_heads, head_dim=head_dim, qk_norm=qk_norm, eps=eps),
@@ -93,7 +94,7 @@ class GPT(nn.Module):
                 narrow = name.endswith(("attention.o.weight", "mlp.down.weight"))
                 nn.init.normal_(p, std=std / (2 * self.layers) ** 0.5 if narrow else std)
         if self.mix is not None:
-            self.mix.fill_(0.5)
+            nn.init.normal_(self.mix.weight, std=self.mix.in_features**-0.5)
 
     def forward(
         self, tokens: Tensor, positions: Tensor, attend: Attend, *, offsets: Offsets | None = None,
@@ -110,7 +111,7 @@ class GPT(nn.Module):
             if previous is None:
                 raise ValueError("model.predecessor=true needs the previous tokens")
             before = self.embed(previous.clamp_min(0)) * (previous >= 0)[..., None]
-            x = x + self.mix * before
+            x = x + self.mix(before)
         angles = self.rope.angles(positions, self.head_dim)
         for block, mask in zip(self.blocks, self.masks, strict=True):
             seen = mask if offsets is None else Documents(offsets, inner=mask)

@@ -3,7 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -15,8 +17,8 @@ class Traffic:
     sent: Counter[int] = field(default_factory=Counter)
     messages: int = 0
 
-    def add(self, peer: int, x: Tensor) -> None:
-        self.sent[peer] += x.numel() * x.element_size()
+    def add(self, peer: int, count: int) -> None:
+        self.sent[peer] += count
         self.messages += 1
 
     def reset(self) -> None:
@@ -58,6 +60,26 @@ def post(
                 operations.append(dist.P2POp(kind, x, group=group, group_peer=peer))
     for x, peer in sends:
         if x.numel():
-            traffic.add(peer, x)
+            traffic.add(peer, x.numel() * x.element_size())
     works = dist.batch_isend_irecv(operations) if operations else []
     return Pending(works, [x for x, _ in (*sends, *receives)])
+
+
+def trade(
+    group: dist.ProcessGroup, outgoing: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]], traffic: Traffic
+) -> list[list[Tensor]]:
+    """One all-to-all: `outgoing[r]` are tensors for rank r, `shapes[r]` those of what rank r sends here; one dtype for all.
+
+    Splits may be uneven or empty. What a rank keeps for itself is not counted as sent.
+    """
+    rank, like = dist.get_rank(group), outgoing[0][0]
+    counts = [sum(x.numel() for x in part) for part in outgoing]
+    flat = torch.cat([x.reshape(-1) for part in outgoing for x in part])
+    sizes = [[prod(shape) for shape in part] for part in shapes]
+    received = like.new_empty(sum(map(sum, sizes)))
+    dist.all_to_all_single(received, flat, [sum(s) for s in sizes], counts, group=group)
+    for peer, count in enumerate(counts):
+        if peer != rank and count:
+            traffic.add(peer, count * like.element_size())
+    pieces = iter(received.split([n for part in sizes for n in part]))
+    return [[next(pieces).view(shape) for shape in part] for part in shapes]

@@ -1,19 +1,19 @@
 """Keys and values travel round a ring of ranks; queries stay (Liu et al. 2023, section 3)."""
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..kernels.attention import backward, check, combine, forward, nothing, partial_dtype, row_delta
+from ..kernels.attention import backward, combine, forward, nothing, partial_dtype
 from ..kernels.mask import Mask
 from ..kernels.options import AttentionOptions
 from ..kernels.tile import needed
 from .comm import Edge, Pending, Traffic, post
-from .layout import DEFAULT
+from .halves import Joined, Saved, Triple
 from .placement import Placement, named
 
 
@@ -44,7 +44,7 @@ def route(mask: Mask, placement: Placement, kv_heads: int) -> Route:
     return Route(needs, tuple(max(u, default=0) for u in users), tuple(min(u, default=size) for u in users))
 
 
-class Ring:
+class Ring(Joined):
     """K and V in the inputs' dtype, dK and dV in float32; at most two key shards are alive, and none goes
     where no mask needs it.
     """
@@ -60,88 +60,57 @@ class Ring:
     def place(self, length: int, mask: Mask) -> Placement:
         return self._place(length, self.size)
 
-    def attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Mask,
-        placement: Placement,
-        *,
-        options: AttentionOptions = DEFAULT,
-    ) -> tuple[Tensor, Tensor | None]:
-        at = placement.spans_by_rank[self.rank]
-        check(q, k, v, at, at)
-        result: tuple[Tensor, Tensor | None] = _Turn.apply(q, k, v, mask, placement, self, options)
-        return result
-
-
-class _Turn(torch.autograd.Function):
-    """Autograd over the hops would keep every rank's keys alive; this keeps what one device keeps."""
-
-    @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Mask,
-        placement: Placement,
-        ring: Ring,
-        options: AttentionOptions,
-    ) -> tuple[Tensor, Tensor | None]:
-        hops = _Hops(ring, placement, route(mask, placement, k.shape[2]))
-        mine, row = placement.spans_by_rank[ring.rank], nothing(q, options)
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, options: AttentionOptions
+    ) -> tuple[Tensor, Tensor | None, Saved]:
+        hops = _Hops(self, placement, route(mask, placement, k.shape[2]))
+        mine, row = placement.spans_by_rank[self.rank], nothing(q, options)
         kv = torch.stack((k, v))
         for hop in range(hops.count):
             incoming, moving = hops.pass_on(kv, hop)
             shard = hops.shard(hop)
-            if hops.route.needs[ring.rank][shard]:
+            if hops.route.needs[self.rank][shard]:
                 theirs = placement.spans_by_rank[shard]
                 row = combine(row, forward(q, kv[0], kv[1], mask, mine, theirs, options=options))
             moving.wait()
             kv = incoming
-        out, lse = row[0].to(q.dtype), row[1]
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = mask, placement, ring, options
-        return out, lse
+        return *row, (q, k, v, row[1])
 
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        mask, placement, ring, options = ctx.rest
-        hops = _Hops(ring, placement, route(mask, placement, k.shape[2]))
-        mine, dtype = placement.spans_by_rank[ring.rank], partial_dtype(q)
-        delta = row_delta(dout, out.to(dtype), lse, dlse)
-        dq, own = (
-            torch.zeros(q.shape, dtype=dtype, device=q.device),
-            torch.zeros((2, *k.shape), dtype=dtype, device=q.device),
-        )
-        kv, travelling, returning = torch.stack((k, v)), None, Pending([], [])
+    def backward(
+        self, dout: Tensor, delta: Tensor | None, saved: Saved, mask: Mask, placement: Placement, options: AttentionOptions
+    ) -> Triple:
+        q, k, v, lse = saved
+        assert q is not None and k is not None and v is not None
+        hops = _Hops(self, placement, route(mask, placement, k.shape[2]))
+        mine, dtype = placement.spans_by_rank[self.rank], partial_dtype(q)
+        dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+        own = torch.zeros((2, *k.shape), dtype=dtype, device=q.device)
+        kv = torch.stack((k, v))
+        travelling: Tensor | None = None  # the gradient of the shard that is here, from the ranks before us
         home: Tensor | None = None
+        returning = Pending([], [])
         for hop in range(hops.count):
             incoming, moving = hops.pass_on(kv, hop)
             shard, part = hops.shard(hop), None
-            if hops.route.needs[ring.rank][shard]:
+            if hops.route.needs[self.rank][shard]:
                 theirs = placement.spans_by_rank[shard]
                 part = backward(dout, delta, q, kv[0], kv[1], lse, mask, mine, theirs, options=options)
                 dq += part[0]
             returning.wait()
-            if hop == 0:
-                for total, term in zip(own, part[1:] if part else (), strict=False):
-                    total += term
+            if part and hop == 0:
+                own[0] += part[1]
+                own[1] += part[2]
             elif part:
                 term = torch.stack(part[1:])
                 travelling = term if travelling is None else travelling.add_(term)
             travelling, back, returning = hops.pass_back(travelling, hop, own)
             home = back if back is not None else home
-            del part
             moving.wait()
             kv = incoming
         returning.wait()
         if home is not None:
             own += home
-        return dq.to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype), None, None, None, None
+        return dq, own[0], own[1]
 
 
 class _Hops:

@@ -3,6 +3,7 @@ world.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,11 +11,13 @@ from torch import Tensor
 from longspan.kernels.attention import attention
 from longspan.kernels.mask import Mask
 from longspan.kernels.span import Span
+from longspan.parallel.gather import Gather
 from longspan.parallel.layout import Layout, shard, unshard
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.placement import Placement
 from longspan.parallel.ring import Ring
 from longspan.parallel.single import Single
+from longspan.parallel.ulysses import Ulysses
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,18 @@ Errors = dict[str, float]  # tensor name -> relative norm of the difference
 
 
 def build(name: str, size: int) -> Layout:
+    """ring/zigzag, gather/striped, gather1/zigzag (a head at a time), ulysses, ulysses2 (two rounds), usp/zigzag, s2, single."""
     kind, _, placement = name.partition("/")
     if kind == "single":
         return Single()
+    if kind.startswith("ulysses"):
+        return Ulysses(Mesh(head=size).build("cpu"), chunks=int(kind[7:] or 1))
+    if kind == "usp":
+        head = 2 if size % 2 == 0 else size
+        return Ulysses(Mesh(head=head, ring=size // head).build("cpu"), inner=partial(Ring, placement=placement))
     mesh = Mesh(ring=size).build("cpu")
+    if kind.startswith("gather"):
+        return Gather(mesh, placement=placement, heads_at_once=int(kind[6:] or 0))
     return Ring(mesh, placement=placement)
 
 

@@ -70,13 +70,14 @@ class Checkpoint:
 
 @dataclass
 class Eval:
-    """every: steps between evaluations on held-out data (0: only at the end). samples: sequences; the final
-    one takes `final`.
+    """every: steps between evaluations on held-out data (0: only at the end). samples: sequences of each.
+
+    final: sequences of the last one; null takes all, 0 skips it.
     """
 
     every: int = 0
     samples: int = 8
-    final: int = 32
+    final: int | None = 32
 
 
 @dataclass
@@ -136,10 +137,11 @@ def typed(cfg: DictConfig, schema: type[Any] = Root) -> DictConfig:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), cfg)
         assert isinstance(merged, DictConfig)
-        OmegaConf.resolve(merged)
+        # not OmegaConf.resolve, after which an escaped ${ would be taken for an interpolation
+        OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
-    missing = sorted(OmegaConf.missing_keys(merged))
+    missing = sorted(OmegaConf.missing_keys(merged) | OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError(f"{missing[0]} has no value: give one with {missing[0]}=...")
     for path in BUILT if schema is Root else ():

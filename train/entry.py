@@ -5,18 +5,24 @@ Exit codes: 0 done; 1 an error of ours or of the machine, with its traceback; 2 
 cannot be or a file that cannot be used; 75 stopped by a signal after saving: start again to go on.
 """
 
+import json
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from .agree import PeerError
+from .agree import PeerError, one_line
 from .config import hint
+from .job import Launch
+from .loop import Diverged
+from .preempt import EXIT_PREEMPTED
 
 FAILED, BAD_INPUT = 1, 2
 OTHERS_WAIT_S = 2.0
@@ -31,36 +37,52 @@ def entry(work: Callable[[], object], root: str, env: MutableMapping[str, str]) 
     try:
         work()
     except (HydraException, OmegaConfBaseException) as error:
-        leave(BAD_INPUT, f"error: {hint(error, sys.argv[1:], root)}", int(env.get("RANK", "0")))
+        leave(BAD_INPUT, f"error: {hint(error, sys.argv[1:], root)}", Launch.of(env))
 
 
-def leave(code: int, message: str, rank: int) -> None:
+def leave(code: int, message: str, launch: Launch) -> NoReturn:
     """Prints the message and exits. Other ranks than 0 wait first, so that rank 0 speaks for all and torchrun
     ends them; what only they know is told then.
     """
-    if rank:
+    if launch.rank:
         time.sleep(OTHERS_WAIT_S)
-    print(f"longspan: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
+    who = f"rank {launch.rank}: " if launch.rank else ""
+    print(f"longspan: {who}{message}", file=sys.stderr, flush=True)
+    _tell_torchrun(launch, message)
     sys.exit(code)
 
 
-def guarded(work: Callable[[], int], rank: int) -> int:
+def guarded(work: Callable[[], int], launch: Launch) -> int:
     """Runs a job: what a user can mend becomes one line and exit code 2, anything else a traceback and exit
     code 1.
     """
     try:
-        return work()
+        code = work()
+        if code == EXIT_PREEMPTED:
+            _tell_torchrun(launch, "stopped by a signal after saving: start it again to go on")
+        return code
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) or _ours(error):
-            leave(BAD_INPUT, f"error: {_said(error)}", rank)
+            leave(BAD_INPUT, f"error: {_said(error)}", launch)
         traceback.print_exc()
-    except PeerError as error:
-        leave(FAILED, f"error: {error}", rank)
-    except Exception:
+        _tell_torchrun(launch, one_line(error))
+    except (PeerError, Diverged) as error:
+        leave(FAILED, f"error: {error}", launch)
+    except Exception as error:
         traceback.print_exc()
+        _tell_torchrun(launch, one_line(error))
     sys.stderr.flush()
     # a failed rank may hold collectives that never end: leave without tearing the process group down
     os._exit(FAILED)
+
+
+def _tell_torchrun(launch: Launch, message: str) -> None:
+    """Leaves the message where torchrun looks for the cause that its own report ends with."""
+    path = (launch.env or {}).get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": told}))
 
 
 def _said(error: BaseException) -> str:

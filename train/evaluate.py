@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch.distributed as dist
 from omegaconf import DictConfig
 
-from .config import Run, typed
+from .config import ConfigError, Run, typed
 from .data.needle import Needle
 from .entry import entry, guarded
 from .job import Job, Launch, build, processes
@@ -42,13 +42,14 @@ class Evaluation:
 @hydra.main(version_base="1.3", config_path="pkg://longspan.conf", config_name="evaluate")
 def _composed(cfg: DictConfig) -> None:
     launch = Launch.of(os.environ)
-    sys.exit(guarded(lambda: evaluate(typed(cfg, Evaluation), launch), launch.rank))
+    sys.exit(guarded(lambda: evaluate(typed(cfg, Evaluation), launch), launch))
 
 
 def evaluate(cfg: DictConfig, launch: Launch) -> int:
     """Measures a run's newest (or a named) checkpoint; rank 0 prints, draws and writes evaluation.json into
     the run folder.
     """
+    _check_numbers(cfg)
     folder = Path(cfg.run.dir)
     config = config_of(folder, parallel=cfg.parallel)
     with processes(launch, cfg.device, cfg.timeout_s) as device, Progress(rank=launch.rank) as shown:
@@ -63,6 +64,15 @@ def evaluate(cfg: DictConfig, launch: Launch) -> int:
             write_json(folder / "evaluation.json", found)
             shown.summary(rows)
     return 0
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    counts = {"samples": [cfg.samples or 1], "needles": [cfg.needles], "lengths": list(cfg.lengths or [1])}
+    for name, values in counts.items():
+        if not values or min(values) < 1:
+            raise ConfigError(f"{name} is {cfg[name]}; it must be at least 1")
+    if not cfg.depths or not all(0 <= depth <= 1 for depth in cfg.depths):
+        raise ConfigError(f"depths is {cfg.depths}; it must list numbers from 0 (the start) to 1")
 
 
 def _text(job: Job, cfg: DictConfig, folder: Path, found: dict[str, Any]) -> dict[str, str]:

@@ -29,7 +29,9 @@ def finish(loop: Loop, folder: Path, *, complete: bool) -> dict[str, Any]:
     """
     job, state = loop.job, loop.state
     sent = traffic_matrix(job)
-    found = loop.evaluate(job.cfg.eval.final) if job.cfg.eval.final else None
+    held = job.data.held_out()
+    samples = len(held) if job.cfg.eval.final is None else min(job.cfg.eval.final, len(held))
+    found = loop.evaluate(samples) if samples else None
     others: dict[str, float] = {}
     summary: dict[str, Any] = {
         "state": "finished" if complete else "stopped by train.seconds",
@@ -47,7 +49,7 @@ def finish(loop: Loop, folder: Path, *, complete: bool) -> dict[str, Any]:
         summary["retrieval"] = {"depths": depths, "lengths": lengths, "accuracy": accuracy.round(4).tolist()}
     if dist.get_rank() == 0:
         if found:
-            text = text_of(job.data.held_out(), job.cfg.eval.final)
+            text = text_of(held, samples)
             others = {} if isinstance(job.data, Needle) else text_bounds(text)
             summary |= {
                 "held_out_bits_per_byte": found.bits_per_byte,
@@ -86,8 +88,7 @@ def draw(loop: Loop, folder: Path, found: HeldOut | None, sent: np.ndarray, othe
     runs = [[(s.start, s.length, s.run, s.step) for s in spans] for spans in placement.spans_by_rank]
     made["layout"] = layout_picture(
         folder / "layout.png", spans_by_rank=runs, length=length, tiles=mask_grid(job, length), sent=sent,
-        title=f"{type(job.layout).__name__.lower()} over {job.layout.size} rank{'s' * (job.layout.size > 1)}, "
-        "one layer, forward and backward",
+        title=f"{type(job.layout).__name__.lower()} over {job.layout.size} rank(s), one layer, forward and backward",
         mask=repr(job.mask),
     )  # fmt: skip
     for name, path in made.items():

@@ -174,11 +174,12 @@ def check_numbers(cfg: DictConfig) -> None:
     """Refuses numbers that no job can run with."""
     least: dict[str, float] = {
         "train.steps": 1, "train.micro_batch": 1, "train.accumulate": 1, "train.clip": 0,
-        "train.log_every": 1, "checkpoint.every": 0, "checkpoint.keep": 1, "eval.every": 0, "eval.samples": 1, "eval.final": 0,
+        "train.log_every": 1, "checkpoint.every": 0, "checkpoint.keep": 1, "eval.every": 0, "eval.samples": 1,
+        "eval.final": 0,
     }  # fmt: skip
     for name, low in least.items():
         group, key = name.split(".")
-        if cfg[group][key] < low:
+        if cfg[group][key] is not None and cfg[group][key] < low:
             raise ValueError(f"{name} is {cfg[group][key]}; it must be at least {low:g}")
     if cfg.train.precision not in ("float32", "bfloat16"):
         raise ValueError(f"train.precision is {cfg.train.precision!r}; it can be float32 or bfloat16")

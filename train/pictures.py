@@ -257,7 +257,7 @@ def _draw_mask(axes: Axes, owner: Ints, tiles: Ints, mask: str) -> None:
         aspect="auto",
     )
     # A longer title would run into the next panel's.
-    short = mask if len(mask) <= 36 else f"{mask[:35]}…"
+    short = mask if len(mask) <= 32 else f"{mask[:31]}…"
     axes.set(title=f"mask: {short}", xlabel="key", ylabel="query, in its rank's colour")
     axes.set_box_aspect(1)
     _position_axis(axes.xaxis, len(owner))

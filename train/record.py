@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,15 @@ class Record:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """The file holds the whole value or what it held before."""
+    """The file holds the whole value or what it held before. Raises OSError, with the path."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, default=str) + "\n")
-    os.replace(part, path)
+    try:
+        part.write_text(json.dumps(value, indent=1, default=str) + "\n")
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def open_folder(folder: Path, config: dict[str, Any], facts: dict[str, Any]) -> None:

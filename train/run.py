@@ -1,14 +1,15 @@
 """One run from its composed config to its exit code."""
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from omegaconf import DictConfig
 
-from .agree import Ranks
+from .agree import Ranks, one_line
 from .checkpoint import Checkpoints
 from .config import made, redacted, typed
 from .entry import guarded
@@ -35,7 +36,7 @@ def train(cfg: DictConfig, launch: Launch) -> int:
             job = build(config, launch, device)
             return _run(job, folder, preempt, shown)
 
-    return guarded(work, launch.rank)
+    return guarded(work, launch)
 
 
 def agree_folder(cfg: DictConfig) -> Path:
@@ -46,7 +47,7 @@ def agree_folder(cfg: DictConfig) -> Path:
 
     def make(parts: list[Path]) -> list[Path]:
         folder = parts[0]
-        if cfg.resume == "never" and (folder / "checkpoints").exists():
+        if cfg.resume == "never" and any((folder / "checkpoints").glob("*")):
             raise ValueError(
                 f"run.dir={folder} holds a run already, and resume is never: "
                 f"take resume=auto or another run.name"
@@ -84,11 +85,12 @@ def _run(job: Job, folder: Path, preempt: Preempt, shown: Progress) -> int:
         record.note(
             f"already trained to step {state.step}; raise train.steps to go on, or take another run.name"
         )
-    stopped = loop.run()
-    code = EXIT_PREEMPTED if stopped is not None else 0
-    summary: dict[str, Any] = {"state": f"stopped by signal {stopped}"}
-    if stopped is None:
-        summary = finish(loop, folder, complete=state.step >= job.cfg.train.steps)
+    with _failures_told(folder, state):
+        stopped = loop.run()
+        code = EXIT_PREEMPTED if stopped is not None else 0
+        summary: dict[str, Any] = {"state": f"stopped by signal {stopped}"}
+        if stopped is None:
+            summary = finish(loop, folder, complete=state.step >= job.cfg.train.steps)
     if dist.get_rank() == 0:
         write_json(folder / "status.json", {"state": summary["state"], "step": state.step, "exit": code})
         if stopped is None:
@@ -100,6 +102,19 @@ def _run(job: Job, folder: Path, preempt: Preempt, shown: Progress) -> int:
     return code
 
 
+@contextmanager
+def _failures_told(folder: Path, state: State) -> Iterator[None]:
+    """Says in status.json why a run failed, if the disk still takes it."""
+    try:
+        yield
+    except Exception as error:
+        if dist.get_rank() == 0:
+            with suppress(OSError):
+                failed = {"state": f"failed: {one_line(error)}", "step": state.step}
+                write_json(folder / "status.json", failed)
+        raise
+
+
 def _record(job: Job, folder: Path, state: State, shown: Progress) -> Record:
     """The record of this run, opened on rank 0; a fault there stops all ranks."""
 
@@ -108,8 +123,12 @@ def _record(job: Job, folder: Path, state: State, shown: Progress) -> Record:
             return Record(dist.get_rank(), shown, None, None)
         config = redacted(job.cfg)
         env: Mapping[str, str] = job.launch.env or {}
-        open_folder(folder, config, {"world": dist.get_world_size(), "data": job.data.describe()})
-        metrics = Metrics(folder / "metrics.jsonl", resume_step=state.step or None)
+        facts = {"world": dist.get_world_size(), "data": job.data.describe()}
+        try:
+            open_folder(folder, config, facts)
+            metrics = Metrics(folder / "metrics.jsonl", resume_step=state.step or None)
+        except OSError as error:
+            raise OSError(f"run.dir={folder} cannot be written: {error.strerror or error}") from error
         tracker = made(job.cfg.track)(
             run_dir=folder, name=folder.name, config=config, resume=state.step > 0, env=env
         )

@@ -1,6 +1,7 @@
 """python -m longspan.train.sample run.dir=runs/latest prompt='def main('"""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -107,18 +108,23 @@ def generate(model: GPT, prompt: list[int], cfg: DictConfig) -> Iterator[int]:
 
 
 def quoted(argument: str) -> str:
-    """A prompt is taken as it is: Hydra's grammar would want quotes around brackets, commas and spaces."""
+    """A prompt as it is, whatever it holds, for Hydra, whose grammar gives a meaning to quotes, brackets,
+    commas, spaces and ${.
+    """
     name, equals, text = argument.partition("=")
-    if name != "prompt" or not equals or text[:1] in ("'", '"'):
+    if name != "prompt" or not equals:
         return argument
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'prompt="{escaped}"'
+    # backslashes are doubled only where they stand before something that needs one
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    text = re.sub(r'(\\*)"', r'\1\1\\"', text)
+    text = re.sub(r"(\\*)\Z", r"\1\1", text, count=1)
+    return f'prompt="{text}"'
 
 
 @hydra.main(version_base="1.3", config_path="pkg://longspan.conf", config_name="sample")
 def _composed(cfg: DictConfig) -> None:
     launch = Launch.of(os.environ)
-    sys.exit(guarded(lambda: sample(typed(cfg, Sampling), launch), launch.rank))
+    sys.exit(guarded(lambda: sample(typed(cfg, Sampling), launch), launch))
 
 
 def sample(cfg: DictConfig, launch: Launch) -> int:
@@ -133,8 +139,7 @@ def sample(cfg: DictConfig, launch: Launch) -> int:
         if not prompt:
             raise ValueError("prompt is empty; give at least one character")
         assert isinstance(model, GPT)
-        made = list(generate(model, prompt, cfg))
-        print(cfg.prompt + data.decode(made))
+        print(cfg.prompt + data.decode(generate(model, prompt, cfg)))
     return 0
 
 

@@ -13,7 +13,7 @@ def one_job(launch: Launch, overrides: list[str], folder: str) -> None:
         leave(
             BAD_INPUT,
             "error: --multirun starts its own processes: use python -m longspan.train, not torchrun",
-            launch.rank,
+            launch,
         )
     mine = [] if any(o.startswith(("run.dir=", "run.name=")) for o in overrides) else [f"run.dir={folder}"]
     done = subprocess.run([sys.executable, "-m", "longspan.train", *overrides, *mine], check=False)

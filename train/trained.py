@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from .checkpoint import Checkpoints
-from .config import typed
+from .config import ConfigError, typed
 
 
 def config_of(folder: Path, **groups: DictConfig) -> DictConfig:
@@ -20,8 +21,12 @@ def config_of(folder: Path, **groups: DictConfig) -> DictConfig:
         raise FileNotFoundError(
             f"run.dir={folder} holds no config.yaml; give the folder of a run, such as runs/latest"
         )
-    kept = OmegaConf.load(path)
-    assert isinstance(kept, DictConfig)
+    try:
+        kept = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no config: {' '.join(str(error).split())}") from None
+    if not isinstance(kept, DictConfig):
+        raise ConfigError(f"{path} is no config: it holds a {type(kept).__name__}")
     for name, group in groups.items():
         kept[name] = group
     return typed(kept)

@@ -25,8 +25,8 @@ _STREAMS = {"train": 1, "held_out": 2, "probe": 3}
 class Needle:
     """Sequences `text, marker, span, text, marker, span`; a `Dataset` that tests how far attention reaches.
 
-    Only the repeated span is labelled. Half of the samples have the needle at the very start, so in the first
-    shard, the others anywhere.
+    Only the repeated span is labelled. The depth of the needle is uniform over the sequence: were it often
+    the same, the model would learn the distance to it instead of looking for it.
 
     Args:
         context: Tokens (bytes) per sample, at most.
@@ -97,8 +97,8 @@ class Needle:
         """
         if index < 0:
             raise IndexError(f"sample {index}: indices start at 0")
-        at_start, anywhere, *rest = self._random(self._seed, _STREAMS[self._part], index)
-        drawn = 0.0 if at_start % 2 else anywhere / 2.0**64
+        _, anywhere, *rest = self._random(self._seed, _STREAMS[self._part], index)
+        drawn = anywhere / 2.0**64
         tokens = self._tokens(
             self._part, self.context_at(step), drawn if self._depth is None else self._depth, rest
         )

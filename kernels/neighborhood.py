@@ -1,0 +1,262 @@
+"""Masks of images and video: neighbourhoods in a grid of one to three axes, and whole frames."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Any, ClassVar, NamedTuple
+
+import triton
+from torch import Tensor
+
+from .heads import Composed, both, integers, require, within
+from .mask import UNLIMITED, Frame, Leaf, Mask, Range, Tree
+from .patterns import same_block
+from .span import Span, Spans, positions
+
+
+class Reach(NamedTuple):
+    """Where a tile lies on an axis: least and greatest place x = p // d and residue p % d of a position."""
+
+    x: tuple[Tensor, Tensor]
+    residue: tuple[Tensor, Tensor]
+
+
+@triton.jit
+def near_predicate(q, k, h, inner, size, window, dilation, stride):  # type: ignore[no-untyped-def]
+    xq, xk = q // inner % size // dilation, k // inner % size // dilation
+    residue = k // inner % size % dilation
+    same = q // inner % size % dilation == residue
+    last = (size - 1 - residue) // dilation
+    leader = xq // stride * stride + stride // 2
+    # start <= xk < start + window, with start = min(max(leader - window // 2, 0), last + 1 - window)
+    after = (xk + window > last) | (xk + window // 2 >= leader)
+    return same & after & ((xk < window) | (xk + window // 2 < leader + window))
+
+
+@triton.jit
+def before_predicate(q, k, h, inner, size, window, dilation, stride):  # type: ignore[no-untyped-def]
+    xq, xk = q // inner % size // dilation, k // inner % size // dilation
+    residue = k // inner % size % dilation
+    same = q // inner % size % dilation == residue
+    last = (size - 1 - residue) // dilation
+    leader = xq // stride * stride + stride - 1
+    return same & (xk <= xq) & ((xk + window > leader) | (xk + window > last))
+
+
+@dataclass(frozen=True)
+class Axis(Leaf):
+    """Visible along one axis of a grid, `inner` positions a step; see `Neighborhood`."""
+
+    inner: int
+    size: int
+    window: int
+    dilation: int = 1
+    stride: int = 1
+    predicate: ClassVar[Any] = near_predicate
+
+    def parameters(self, of: int) -> tuple[int, ...]:
+        return self.inner, self.size, self.window, self.dilation, self.stride
+
+    def check(self) -> None:
+        """ValueError unless 1 <= stride <= window <= the smallest n."""
+        least = self.size // self.dilation if self.dilation > 0 else 0
+        if self.dilation < 1 or not 1 <= self.stride <= self.window <= least:
+            raise ValueError(
+                f"Neighborhood: window {self.window}, dilation {self.dilation}, stride {self.stride} on an "
+                f"axis of {self.size}; it must be 1 <= stride <= window <= size // dilation"
+            )
+
+    def reach(self, at: Range) -> Reach:
+        """From the positions themselves where they are at hand; else from their bounds."""
+
+        def place(p: Tensor) -> Tensor:
+            return p // self.inner % self.size // self.dilation
+
+        def residue(p: Tensor) -> Tensor:
+            return p // self.inner % self.size % self.dilation
+
+        if at.at is not None:
+            return Reach(at.of(place), at.of(residue))
+        # positions in one line along the axis lie between those of the bounds, others anywhere
+        line = at.low // (self.inner * self.size) == at.high // (self.inner * self.size)
+        point = line & (at.low // self.inner == at.high // self.inner)
+        x = (place(at.low).where(line, 0), place(at.high).where(line, (self.size - 1) // self.dilation))
+        return Reach(x, (residue(at.low).where(point, 0), residue(at.high).where(point, self.dilation - 1)))
+
+    def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
+        a, b = self.reach(q), self.reach(k)
+        same, only = same_block(a.residue, b.residue)
+        low, high = (self.seen(x, r) for x, r in zip(a.x, reversed(a.residue), strict=True))
+        some = (b.x[1] >= low[0]) & (b.x[0] <= high[1])
+        return same & some, only & (b.x[0] >= high[0]) & (b.x[1] <= low[1])
+
+    def seen(self, x: Tensor, residue: Tensor) -> tuple[Tensor, Tensor]:
+        """First and last place that a query at place x sees; both grow with x and shrink with the residue."""
+        last = (self.size - 1 - residue) // self.dilation
+        leader = (x // self.stride * self.stride + self.stride // 2).minimum(last)
+        start = (leader - self.window // 2).clamp(min=0).minimum(last + 1 - self.window)
+        return start, start + self.window - 1
+
+
+@dataclass(frozen=True)
+class CausalAxis(Axis):
+    """An `Axis` along which nothing later is visible."""
+
+    predicate: ClassVar[Any] = before_predicate
+
+    def seen(self, x: Tensor, residue: Tensor) -> tuple[Tensor, Tensor]:
+        last = (self.size - 1 - residue) // self.dilation
+        leader = (x // self.stride * self.stride + self.stride - 1).minimum(last)
+        return leader - self.window + 1, x
+
+
+@dataclass(frozen=True)
+class Neighborhood(Composed):
+    """The window around a query in a grid of one to three axes, row-major (GNA, Hassani et al. 2025).
+
+    Visible iff visible on every axis. Per axis, of the positions p with the same residue p % dilation, n of
+    them, at places x = p // dilation: `stride` neighbours share the window of their leader, x // stride *
+    stride + stride // 2, and windows are shifted to lie inside the grid, so that `window` keys are seen
+    everywhere. On a causal axis the leader is the last of the `stride`, and the window ends at the query.
+    window, dilation, stride, causal: one value, or one an axis. Positions are below the size of the grid;
+    more are a ValueError.
+    """
+
+    grid: Sequence[int]
+    window: int | Sequence[int]
+    dilation: int | Sequence[int] = 1
+    stride: int | Sequence[int] = 1
+    causal: bool | Sequence[bool] = False
+
+    def __post_init__(self) -> None:
+        grid = integers(self, "grid", 1)
+        if len(grid) > 3 or prod(grid) >= UNLIMITED:
+            raise ValueError(
+                f"Neighborhood.grid is {grid}; it must have 1 to 3 axes and fewer than {UNLIMITED} positions"
+            )
+        for name in ("window", "dilation", "stride", "causal"):
+            value = getattr(self, name)
+            value = tuple(value) if isinstance(value, Iterable) else (value,) * len(grid)
+            if len(value) != len(grid) or any(
+                type(x) is not (bool if name == "causal" else int) for x in value
+            ):
+                kind = "true or false" if name == "causal" else "an integer"
+                raise ValueError(
+                    f"Neighborhood.{name} is {value}; it must be {kind}, or one for each of {len(grid)} axes"
+                )
+            object.__setattr__(self, name, value)
+        for axis in self.axes():
+            axis.check()
+
+    def axes(self) -> list[Axis]:
+        """What is visible along each axis."""
+        grid = tuple(self.grid)
+        inner = [prod(grid[i + 1 :]) for i in range(len(grid))]
+        each: Any = zip(inner, grid, self.window, self.dilation, self.stride, self.causal, strict=True)  # type: ignore[arg-type]
+        return [(CausalAxis if causal else Axis)(*numbers) for *numbers, causal in each]
+
+    def parts(self, of: int) -> Mask:
+        return both(self.axes())
+
+    def lower(self, frame: Frame) -> Tree:
+        within(self, prod(self.grid), frame.q, frame.k)
+        return super().lower(frame)
+
+    def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
+        # a greatest position may be a bound that no token reaches
+        within(self, prod(self.grid), q.low, k.low)
+        return super().classify(q, k, head, of)
+
+
+@triton.jit
+def frames_predicate(q, k, h, tokens):  # type: ignore[no-untyped-def]
+    return k // tokens <= q // tokens
+
+
+@dataclass(frozen=True)
+class Frames(Leaf):
+    """frame(k) <= frame(q), for frames of `tokens`: causal between frames, full within one."""
+
+    tokens: int
+    predicate: ClassVar[Any] = frames_predicate
+
+    def __post_init__(self) -> None:
+        require(self, 1, "tokens")
+
+    def parameters(self, of: int) -> tuple[int, ...]:
+        return (self.tokens,)
+
+    def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
+        q_low, q_high, k_low, k_high = (x // self.tokens for x in (q.low, q.high, k.low, k.high))
+        return k_low <= q_high, k_high <= q_low
+
+
+@triton.jit
+def frame_tiles_predicate(q, k, h, tokens, every):  # type: ignore[no-untyped-def]
+    fq, fk = q // tokens, k // tokens
+    return (fq == fk) | (fq % every == 0) | (fk % every == 0)
+
+
+@dataclass(frozen=True)
+class FrameTiles(Leaf):
+    """A frame sees itself and each `every`-th frame, and each of these sees all (Attention Tile, Ding et al.
+    2025).
+    """
+
+    tokens: int
+    every: int
+    predicate: ClassVar[Any] = frame_tiles_predicate
+
+    def __post_init__(self) -> None:
+        require(self, 1, "tokens", "every")
+
+    def parameters(self, of: int) -> tuple[int, ...]:
+        return self.tokens, self.every
+
+    def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
+        a, b = ((x.low // self.tokens, x.high // self.tokens) for x in (q, k))
+        some, only = same_block(a, b)
+        for low, high in (a, b):
+            held = high // self.every * self.every >= low
+            some = some | held
+            only = only | (held & (low == high)) | (self.every == 1)
+        return some, only
+
+
+def brick_order(grid: Sequence[int], brick: Sequence[int], dilation: int | Sequence[int] = 1) -> Spans:
+    """All positions of a row-major grid, brick after brick: with as many tokens in a brick as in a tile, the
+    tiles of a `Neighborhood` are dense. `x[:, positions(order)]` brings row-major tokens into this order.
+
+    The bricks, and the tokens in each, stand in row-major order; bricks at the far ends are cut to the grid.
+    With a dilation, the positions of one residue are a grid of their own, and these follow each other.
+    """
+    steps = (dilation,) * len(grid) if isinstance(dilation, int) else tuple(dilation)
+    if not 1 <= len(grid) == len(brick) == len(steps) <= 3 or min(*grid, *brick, *steps) < 1:
+        raise ValueError(
+            f"brick is {tuple(brick)} and dilation {dilation} for the grid {tuple(grid)}; they must hold an "
+            "integer of at least 1 for each of its 1 to 3 axes"
+        )
+    padded = [(1,) * (3 - len(grid)) + tuple(x) for x in (grid, brick, steps)]
+    return tuple(_slabs(*padded))
+
+
+def _slabs(grid: Sequence[int], brick: Sequence[int], steps: Sequence[int]) -> Iterator[Span]:
+    line = steps[1] * grid[2]  # from a row of a slab to the next
+    for residue in product(*map(range, steps)):
+        axes = [range(r, g, d) for r, g, d in zip(residue, grid, steps, strict=True)]
+        cuts = ([x[i : i + b] for i in range(0, len(x), b)] for x, b in zip(axes, brick, strict=True))
+        for planes, rows, columns in product(*cuts):
+            for plane in planes:
+                start = (plane * grid[1] + rows.start) * grid[2] + columns.start
+                if steps[2] == 1:
+                    yield Span(start, len(rows) * len(columns), len(columns), line)
+                else:
+                    yield from (Span(start + i * line, len(columns), 1, steps[2]) for i in range(len(rows)))
+
+
+def row_major(order: Spans) -> Tensor:
+    """Where each position of a permuted grid is held, int64 [tokens]: `y[:, row_major(order)]` brings tokens
+    held in `order` back into row-major order.
+    """
+    return positions(order).argsort()

@@ -1,0 +1,205 @@
+"""Trade sequence for heads, attend, trade back (DeepSpeed Ulysses, Jacobs et al. 2023); over a ring it is USP."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..kernels.attention import partial_dtype
+from ..kernels.mask import Mask
+from ..kernels.options import AttentionOptions
+from ..kernels.span import cut, total
+from .comm import Traffic, trade
+from .halves import Halves, Joined, Saved, Triple
+from .layout import Layout
+from .placement import Placement
+from .single import Single
+
+
+class InnerLayout(Layout, Halves, Protocol):
+    """A layout that another one can call without autograd."""
+
+
+class Share(NamedTuple):
+    """The heads that one rank of the head axis computes: query heads, and the kv heads that they look at."""
+
+    q: range
+    kv: range
+
+    def calls(self, each: int) -> list[tuple[slice, slice]]:
+        """(kv heads, query heads), local indices: one call where the groups are equal, else one a kv head."""
+        if not self.q:
+            return []
+        counts = [len(range(max(h * each, self.q.start), min((h + 1) * each, self.q.stop))) for h in self.kv]
+        if len(set(counts)) == 1:
+            return [(slice(0, len(self.kv)), slice(0, len(self.q)))]
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        return [(slice(i, i + 1), slice(end - n, end)) for i, (n, end) in enumerate(zip(counts, ends, strict=True))]
+
+
+def shares(q_heads: int, kv_heads: int, size: int) -> list[Share]:
+    """The heads of each of `size` ranks: as even as can be; a rank may have none, a kv head goes only where it is used."""
+    each, found = q_heads // kv_heads, []
+    for rank in range(size):
+        q = range(q_heads * rank // size, q_heads * (rank + 1) // size)
+        found.append(Share(q, range(q.start // each, (q.stop - 1) // each + 1) if q else range(0)))
+    return found
+
+
+class Ulysses(Joined):
+    """Any head counts. `inner` attends over the other axis of the mesh (Ring: USP, Fang et al. 2024).
+
+    chunks: the heads are taken in so many rounds, to bound the memory of what was traded (UPipe).
+    """
+
+    def __init__(
+        self, mesh: DeviceMesh, *, axis: str = "head", inner: Callable[[DeviceMesh], InnerLayout] = Single, chunks: int = 1
+    ) -> None:
+        if chunks < 1:
+            raise ValueError(f"parallel.layout.chunks is {chunks}; it must be at least 1")
+        self.inner, self.chunks, self.traffic = inner(mesh), chunks, Traffic()
+        self._heads = mesh.get_group(axis)
+        self.here, self.ways = dist.get_rank(self._heads), dist.get_world_size(self._heads)
+        self.rank, self.size = self.inner.rank * self.ways + self.here, self.inner.size * self.ways
+        self.group = self._heads if self.inner.size == 1 else mesh["ring", axis]._flatten("sequence").get_group()
+
+    def place(self, length: int, mask: Mask) -> Placement:
+        """What the inner layout gives to a rank, cut into one part for each rank of the head axis."""
+        whole = self.inner.place(length, mask)
+        parts = []
+        for spans in whole.spans_by_rank:
+            n = total(spans)
+            parts += [cut(spans, n * i // self.ways, n * (i + 1) // self.ways) for i in range(self.ways)]
+        return Placement(length, tuple(parts))
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, options: AttentionOptions
+    ) -> tuple[Tensor, Tensor | None, Saved]:
+        outs, lses, kept = [], [], []
+        for kv, heads in self._rounds(q.shape[2], k.shape[2]):
+            bound, at = mask.heads(kv, k.shape[2]), slice(kv.start, kv.stop)
+            one = self._forward((q[:, :, heads], k[:, :, at], v[:, :, at]), bound, placement, options)
+            outs.append(one[0])
+            lses.append(one[1])
+            kept += one[2]
+        # an empty slice of k tells backward how many heads there are in all
+        lse = None if options.normalizer == "sigmoid" else torch.cat([x for x in lses if x is not None], 1)
+        return torch.cat(outs, 2), lse, (k[:, :0], *kept)
+
+    def backward(
+        self, dout: Tensor, delta: Tensor | None, saved: Saved, mask: Mask, placement: Placement, options: AttentionOptions
+    ) -> Triple:
+        like, *rest = saved
+        assert like is not None
+        kv_heads, grads = like.shape[2], []
+        rounds = self._rounds(dout.shape[2], kv_heads)
+        calls = [len(self._calls(heads.stop - heads.start, len(kv))) for kv, heads in rounds]
+        each = len(rest) // max(1, sum(calls))
+        for (kv, heads), count in zip(rounds, calls, strict=True):
+            mine, rest = rest[: each * count], rest[each * count :]
+            rows = None if delta is None else delta[:, heads]
+            bound = mask.heads(kv, kv_heads)
+            grads.append(self._backward((dout[:, :, heads], rows, len(kv)), mine, bound, placement, options))
+        dq, dk, dv = (torch.cat(parts, 2) for parts in zip(*grads, strict=True))
+        return dq, dk, dv
+
+    def _forward(
+        self, qkv: Sequence[Tensor], mask: Mask, placement: Placement, options: AttentionOptions
+    ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+        """One round: out, lse of the tokens held here, and what the inner calls keep."""
+        kv_heads, (rows, _, heads, dim) = qkv[1].shape[2], qkv[0].shape
+        all_shares, tokens = shares(heads, kv_heads, self.ways), self._tokens(placement)
+        me, inner = all_shares[self.here], self._inner(placement)
+        pieces = [[x[:, :, h.start : h.stop] for x, h in zip(qkv, (s.q, s.kv, s.kv), strict=True)] for s in all_shares]
+        shapes = [[(rows, n, len(h), dim) for h in (me.q, me.kv, me.kv)] for n in tokens]
+        q, k, v = (torch.cat(x, 1) for x in zip(*trade(self._heads, pieces, shapes, self.traffic), strict=True))
+        outs, lses, kept = [q[:, :, :0]], [], []
+        for kv, at in me.calls(heads // kv_heads):
+            bound = mask.heads(me.kv[kv], kv_heads)
+            out, lse, saved = self.inner.forward(q[:, :, at], k[:, :, kv], v[:, :, kv], bound, inner, options)
+            outs.append(out.to(q.dtype))  # whole rows: nothing will be merged into them any more
+            lses.append(lse)
+            kept += saved
+        out, lse = self._back(torch.cat(outs, 2), tokens, [s.q for s in all_shares], heads_dim=2), None
+        if options.normalizer == "softmax":
+            empty = torch.zeros((rows, 0, sum(tokens)), dtype=partial_dtype(q), device=q.device)
+            found = torch.cat([empty, *(x for x in lses if x is not None)], 1)
+            lse = self._back(found, tokens, [s.q for s in all_shares], heads_dim=1)
+        return out, lse, kept
+
+    def _backward(
+        self, rows: tuple[Tensor, Tensor | None, int], saved: Sequence[Tensor | None], mask: Mask, placement: Placement,
+        options: AttentionOptions,
+    ) -> Triple:  # fmt: skip
+        dout, delta, kv_heads = rows
+        heads, tokens = dout.shape[2], self._tokens(placement)
+        all_shares, inner = shares(heads, kv_heads, self.ways), self._inner(placement)
+        me, dtype = all_shares[self.here], partial_dtype(dout)
+        dout = self._out(dout, tokens, [s.q for s in all_shares], heads_dim=2)
+        if delta is not None:
+            delta = self._out(delta, tokens, [s.q for s in all_shares], heads_dim=1)
+        shape = (dout.shape[0], sum(tokens), len(me.kv), dout.shape[3])
+        dq, dkv = torch.zeros_like(dout, dtype=dtype), torch.zeros((2, *shape), dtype=dtype, device=dout.device)
+        calls = me.calls(heads // kv_heads)
+        each = len(saved) // max(1, len(calls))
+        for i, (kv, at) in enumerate(calls):
+            bound, part = mask.heads(me.kv[kv], kv_heads), None if delta is None else delta[:, at]
+            kept = tuple(saved[i * each : (i + 1) * each])
+            dq[:, :, at], dkv[0][:, :, kv], dkv[1][:, :, kv] = self.inner.backward(
+                dout[:, :, at], part, kept, bound, inner, options
+            )
+        return self._home(dq, dkv, tokens, all_shares, kv_heads)
+
+    def _home(self, dq: Tensor, dkv: Tensor, tokens: list[int], all_shares: list[Share], kv_heads: int) -> Triple:
+        """Gradients back to the ranks of the tokens, in float32; a kv head's are summed over the ranks that used it."""
+        kinds = ((dq, "q"), (dkv[0], "kv"), (dkv[1], "kv"))
+        pieces = [list(parts) for parts in zip(*(x.split(tokens, 1) for x, _ in kinds), strict=True)]
+        rows, n, dim = dq.shape[0], tokens[self.here], dq.shape[3]
+        shapes = [[(rows, n, len(getattr(s, kind)), dim) for _, kind in kinds] for s in all_shares]
+        got = trade(self._heads, pieces, shapes, self.traffic)
+        whole = torch.zeros((2, rows, n, kv_heads, dim), dtype=dq.dtype, device=dq.device)
+        for s, (_, dk, dv) in zip(all_shares, got, strict=True):
+            whole[0][:, :, s.kv.start : s.kv.stop] += dk
+            whole[1][:, :, s.kv.start : s.kv.stop] += dv
+        return torch.cat([part[0] for part in got], 2), whole[0], whole[1]
+
+    def _out(self, x: Tensor, tokens: list[int], heads: list[range], *, heads_dim: int) -> Tensor:
+        """From local tokens of all heads to all tokens of local heads."""
+        pieces = [[x.narrow(heads_dim, h.start, len(h))] for h in heads]
+        shapes = [[self._shape(x, heads_dim, len(heads[self.here]), n)] for n in tokens]
+        return torch.cat([part[0] for part in trade(self._heads, pieces, shapes, self.traffic)], 3 - heads_dim)
+
+    def _back(self, x: Tensor, tokens: list[int], heads: list[range], *, heads_dim: int) -> Tensor:
+        """From all tokens of local heads to local tokens of all heads."""
+        pieces = [[part] for part in x.split(tokens, 3 - heads_dim)]
+        shapes = [[self._shape(x, heads_dim, len(h), tokens[self.here])] for h in heads]
+        return torch.cat([part[0] for part in trade(self._heads, pieces, shapes, self.traffic)], heads_dim)
+
+    @staticmethod
+    def _shape(x: Tensor, heads_dim: int, heads: int, tokens: int) -> tuple[int, ...]:
+        """The shape of x with other numbers of heads and tokens; one of them is dim 1, the other dim 2."""
+        shape = list(x.shape)
+        shape[heads_dim], shape[3 - heads_dim] = heads, tokens
+        return tuple(shape)
+
+    def _rounds(self, q_heads: int, kv_heads: int) -> list[tuple[range, slice]]:
+        """(kv heads, their query heads) of each round."""
+        n, each = min(self.chunks, kv_heads), q_heads // kv_heads
+        ranges = [range(kv_heads * i // n, kv_heads * (i + 1) // n) for i in range(n)]
+        return [(kv, slice(kv.start * each, kv.stop * each)) for kv in ranges]
+
+    def _calls(self, q_heads: int, kv_heads: int) -> list[tuple[slice, slice]]:
+        return shares(q_heads, kv_heads, self.ways)[self.here].calls(q_heads // kv_heads)
+
+    def _tokens(self, placement: Placement) -> list[int]:
+        """Tokens of each rank of the head axis."""
+        return [placement.tokens(self.inner.rank * self.ways + i) for i in range(self.ways)]
+
+    def _inner(self, placement: Placement) -> Placement:
+        """The placement that the inner layout sees: the ranks of the head axis together are one rank of it."""
+        spans = placement.spans_by_rank
+        groups = [spans[i : i + self.ways] for i in range(0, len(spans), self.ways)]
+        return Placement(placement.length, tuple(tuple(s for one in group for s in one) for group in groups))

@@ -1,0 +1,159 @@
+"""Training jobs on the ranks of a world: their configs, what they record, how they are stopped, and their
+comparison.
+"""
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+from torch import Tensor
+
+from longspan.parallel.layout import unshard
+from longspan.train import loop as loops
+from longspan.train.batch import Batch, load, place
+from longspan.train.checkpoint import Checkpoints
+from longspan.train.config import typed
+from longspan.train.data.sample import Dataset
+from longspan.train.job import Job, Launch, build, processes
+from longspan.train.loop import Loop, resume
+from longspan.train.measure import token_losses
+from longspan.train.preempt import Preempt
+from longspan.train.progress import Progress
+from longspan.train.record import Record
+from longspan.train.run import train
+
+Row = dict[str, float]
+PROBES = 3  # held-out sequences whose losses are compared token by token
+
+
+def config(*overrides: str) -> DictConfig:
+    """`experiment=tiny` without a tracker, with these overrides, checked as the command checks it."""
+    with initialize_config_module("longspan.conf", version_base="1.3"):
+        return typed(compose("train", overrides=["experiment=tiny", "track=none", *overrides]))
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A sequence that a step was trained on, by its global index, and a hash of all that is in it."""
+
+    step: int
+    index: int
+    content: str
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one rank saw of a run: the values of each step, the sequences it took, and the losses (nats) of
+    held-out tokens after training, float32 [PROBES, context] in global order.
+    """
+
+    rows: list[Row]
+    taken: list[Taken]
+    losses: Tensor
+
+
+class Kept(Record):
+    """Keeps what is told, on every rank; after step `stop` rank 0 sends itself SIGUSR1."""
+
+    def __init__(self, rank: int, stop: int | None) -> None:
+        super().__init__(rank, Progress(rank=1), None, None)
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+        self.stop = stop
+
+    def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        self.rows.append({"step": step, **values})
+        if step == self.stop and self.rank == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def launch_of(rank: int) -> Launch:
+    """This rank of its world; always on one thread, so that all sizes of worlds round alike."""
+    world = dist.get_world_size()
+    cores = len(os.sched_getaffinity(0))
+    return Launch(rank, world, rank, max(world, cores), {})
+
+
+def run(rank: int, cfg: DictConfig, folder: Path, stop: int | None = None) -> Ran:
+    """The loop of a job with its checkpoints in `folder`, from the one that is there on."""
+    launch, taken = launch_of(rank), list[Taken]()
+
+    def noted(data: Dataset, wanted: list[int], step: int) -> Batch:
+        batch = load(data, wanted, step)
+        taken.extend(Taken(step, i, content(batch, row)) for row, i in enumerate(wanted))
+        return batch
+
+    with (
+        processes(launch, "cpu", 60.0) as device,
+        Preempt() as preempt,
+        patch.object(loops, "load", noted),
+        patch.object(loops, "peak_flops", lambda *_: (1e12, "not measured")),
+    ):
+        job = build(cfg, launch, device)
+        checkpoints = Checkpoints(folder, asynchronous=cfg.checkpoint.asynchronous)
+        record = Kept(rank, stop)
+        Loop(job, record, checkpoints, preempt, resume(job, checkpoints, cfg.resume)).run()
+        return Ran(record.rows, taken, probe(job))
+
+
+def content(batch: Batch, row: int) -> str:
+    parts = (batch.tokens[row], batch.labels[row], batch.previous[row])
+    whole = b"".join(x.numpy().tobytes() for x in parts) + repr(batch.offsets[row]).encode()
+    return hashlib.sha256(whole).hexdigest()
+
+
+def probe(job: Job) -> Tensor:
+    """The loss of each token of the first held-out sequences, gathered from the ranks that hold them."""
+    rows = []
+    for index in range(PROBES):
+        batch = load(job.data.held_out(), [index], 0)
+        losses, _, _ = token_losses(job, batch)
+        rows.append(unshard(job.layout, losses, place(job.layout, batch, job.mask), 1)[0])
+    return torch.stack(rows)
+
+
+def whole(rank: int, cfg: DictConfig, strike: tuple[int, int, int] | None = None) -> int:
+    """The job as the command runs it, with its run folder: its exit code.
+
+    strike: (signal, rank, step): that rank gets the signal as soon as metrics.jsonl holds the step.
+    """
+    if strike is not None and rank == strike[1]:
+        path = Path(cfg.run.dir) / "metrics.jsonl"
+        Thread(target=when_reached, args=(path, strike[2], os.getpid(), strike[0]), daemon=True).start()
+    return train(cfg, launch_of(rank))
+
+
+def when_reached(path: Path, step: int, pid: int, number: int) -> None:
+    """Sends a signal when the file has a line for each step up to `step`."""
+    while not path.exists() or path.read_bytes().count(b"\n") < step:
+        time.sleep(0.002)
+    os.kill(pid, number)
+
+
+def values(rows: Sequence[Mapping[str, float]], *names: str) -> Tensor:
+    """float64 [steps, names]."""
+    return torch.tensor([[row[name] for name in names] for row in rows], dtype=torch.float64)
+
+
+def furthest(got: Tensor, want: Tensor) -> float:
+    """The greatest relative difference of any element."""
+    assert got.shape == want.shape, f"{got.shape} is not {want.shape}"
+    return float(((got - want).abs() / want.abs().clamp_min(1e-12)).max())
+
+
+def together(ranks: Sequence[Ran]) -> list[Taken]:
+    """The sequences of all ranks, each once, in the order of their indices."""
+    return sorted({t for ran in ranks for t in ran.taken}, key=lambda t: (t.step, t.index))

@@ -1,0 +1,392 @@
+"""The Triton kernels against float64: interpreted, in one child process for all cases, or on a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from longspan.kernels import flash_backward, flash_forward, reference
+from longspan.kernels.attention import combine, row_delta
+from longspan.kernels.flash_forward import Block
+from longspan.kernels.mask import (
+    Causal,
+    Documents,
+    First,
+    Full,
+    Leaf,
+    Mask,
+    Range,
+    Unsupported,
+    Window,
+    lower,
+)
+from longspan.kernels.options import AttentionOptions
+from longspan.kernels.span import Span, Spans, cut, total
+from longspan.kernels.tile import Tiles
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+RUN_TIME = "run-time lists"
+SIGMOID = AttentionOptions(normalizer="sigmoid", bias=-3.0)
+Errors = dict[str, float]  # tensor -> relative norm of the difference
+Found = dict[str, Errors | str]  # case -> its errors, or why it could not run
+
+
+@triton.jit
+def comb_predicate(q, k, h, period):  # type: ignore[no-untyped-def]
+    return (k // 8 + h) % period == 0
+
+
+@dataclass(frozen=True)
+class Comb(Leaf):
+    """Blocks of eight keys, others for each head: so far the package has no mask that tells heads apart."""
+
+    period: int
+    predicate: ClassVar[Any] = comb_predicate
+
+    @property
+    def per_head(self) -> bool:  # type: ignore[override]
+        return True
+
+    def parameters(self, of: int) -> tuple[int, ...]:
+        return (self.period,)
+
+    def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
+        same = k.low // 8 == k.high // 8
+        here = (k.low // 8 + head) % self.period == 0
+        anything = q.low <= q.high
+        return (here | ~same) & anything, here & same & anything
+
+
+def spans(*lengths: int) -> Spans:
+    return tuple(Span(0, n) for n in lengths)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of all the kernels, its keys in one or more shards as a ring would hold them."""
+
+    mask: Mask
+    heads: tuple[int, int] = (2, 2)
+    head_dim: int = 16
+    at_q: Spans = (Span(0, 45),)
+    at_k: Spans = (Span(0, 45),)
+    shards: tuple[int, ...] = ()  # where the keys are cut
+    batch: int = 1
+    dtype: str = "float32"
+    options: AttentionOptions = field(default_factory=AttentionOptions)
+    view: str = "dense"
+    tile: tuple[int, int] = (16, 32)
+
+
+def mixed(seed: int) -> Mask:
+    """Four random masks, combined at random."""
+    draw = Random(seed)
+
+    def leaf() -> Mask:
+        inner = draw.choice([None, Causal(), Window(3, 3), First(2) & Causal()])
+        documents = Documents(draw.choice([DOCS, BATCHED]), inner)
+        window = Window(draw.randrange(20), draw.choice([None, draw.randrange(9)]))
+        return draw.choice([Causal(), window, First(draw.randrange(1, 9)), documents, Comb(3)])
+
+    mask = leaf()
+    for _ in range(3):
+        mask = mask & leaf() if draw.random() < 0.4 else mask | leaf()
+    return mask
+
+
+DOCS = (0, 9, 10, 31)
+BATCHED = ((0, 9, 10, 31), (0, 20, 45, 45))
+ZIGZAG = (Span(10, 21), Span(60, 24))
+STRIPED = (Span(1, 30, 1, 3), Span(90, 13))
+CASES = {
+    "full": Case(Full(), heads=(4, 2), head_dim=40),
+    "causal": Case(Causal(), head_dim=24, at_q=spans(47), at_k=spans(47), tile=(32, 16)),
+    "causal 72": Case(Causal(), heads=(4, 1), head_dim=72),
+    "window left": Case(Window(11), tile=(16, 16)),
+    "window both": Case(Window(3, 17), at_q=spans(33), at_k=spans(50), heads=(4, 2)),
+    "sinks": Case((First(4) | Window(9)) & Causal()),
+    "one row": Case(Full(), at_q=spans(1), at_k=spans(50)),
+    "one key": Case(Causal(), at_q=spans(50), at_k=spans(1), heads=(2, 1)),
+    "documents": Case(Documents(DOCS), heads=(2, 1)),
+    "documents batched": Case(Documents(BATCHED, Causal() & (First(2) | Window(5))), batch=2, heads=(2, 1)),
+    "documents or": Case(Documents(DOCS, First(3)) | (Window(6) & Documents((0, 40), Causal())), batch=2),
+    "heads": Case(Comb(3) & Causal(), heads=(4, 2), batch=2, tile=(16, 16)),
+    "bound heads": Case((Comb(3) | Window(4)).heads((5, 2), 8), heads=(4, 2), tile=(16, 16)),
+    "heads and rows": Case(Documents(BATCHED, Comb(2)) | First(1), heads=(4, 2), batch=2, tile=(16, 16)),
+    "zigzag": Case(Causal() & Window(40), at_q=ZIGZAG, at_k=ZIGZAG, shards=(20,)),
+    "striped": Case(Causal(), heads=(2, 1), at_q=STRIPED, at_k=ZIGZAG),
+    "dead rows": Case(Window(4, 0), at_q=(Span(0, 40),), at_k=(Span(20, 30),), head_dim=40),
+    "all dead": Case(Causal(), at_q=(Span(0, 20),), at_k=(Span(40, 30),)),
+    "ring": Case(Causal(), heads=(4, 2), shards=(16, 33), tile=(32, 32)),
+    "heads first": Case(Causal(), view="heads first"),
+    "sliced": Case(Causal(), view="sliced", head_dim=40),
+    "transposed": Case(Causal(), view="transposed"),
+    "softcap": Case(Causal(), options=AttentionOptions(softcap=2.0, scale=0.7)),
+    "sigmoid": Case(Causal() | Window(2, 2), heads=(4, 2), options=SIGMOID, shards=(13,)),
+    "sigmoid softcap": Case(Documents(DOCS), options=replace(SIGMOID, softcap=3.0)),
+    "negative scale": Case(Causal(), heads=(2, 1), options=AttentionOptions(scale=-0.4)),
+    "no scale": Case(Causal(), options=AttentionOptions(scale=0.0)),
+    "float16": Case(Causal(), heads=(4, 2), dtype="float16", head_dim=40),
+    "bfloat16": Case(Causal() | First(3), heads=(4, 2), dtype="bfloat16", shards=(17,)),
+    "bfloat16 sigmoid": Case(Window(9, 9), dtype="bfloat16", options=SIGMOID),
+    **{f"mixed {seed}": Case(mixed(seed), batch=2, tile=(16, 16)) for seed in (1, 2, 3, 6)},
+}
+
+
+def viewed(x: Tensor, view: str) -> Tensor:
+    """The same numbers in another layout of memory."""
+    if view == "heads first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if view == "sliced":
+        return torch.cat((x, torch.full_like(x, float("nan"))), -1)[..., : x.shape[-1]]
+    if view == "transposed":
+        return x.transpose(1, 3).contiguous().transpose(1, 3)
+    return x
+
+
+def run(case: Case, device: str, tile: tuple[int, int] | None) -> Errors:
+    """Errors of out, lse, dq, dk, dv against float64; `tile` None takes the tiles that the kernels choose."""
+    generator = torch.Generator().manual_seed(0)
+    (hq, hk), dtype = case.heads, DTYPES[case.dtype]
+    nq, nk = total(case.at_q), total(case.at_k)
+    shapes = [(case.batch, n, h, case.head_dim) for n, h in ((nq, hq), (nk, hk), (nk, hk), (nq, hq))]
+    q, k, v, dout = (torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
+    dlse = torch.randn(case.batch, hq, nq, generator=generator)
+    q, k, v, dlse = (x.to(device) for x in (q, k, v, dlse))
+    dout = dout.to(device).float()
+
+    low = lower(case.mask, case.at_q, case.at_k, hk, q.device)
+    exact = [x.double() for x in (q, k, v)]
+    out, lse = reference.forward(*exact, low, case.options)
+    delta = row_delta(dout.double(), out, lse, dlse)
+    grads = reference.backward(dout.double(), delta, *exact, lse, low, case.options)
+    want = {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+
+    got = attended(case, viewed(q, case.view), k, v, dout, dlse, tile)
+    return {name: difference(got[name], x) for name, x in want.items() if x is not None}
+
+
+def attended(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor, tile: tuple[int, int] | None
+) -> dict[str, Tensor]:
+    """What the kernels give, each shard of keys by itself and then merged as a ring would."""
+    ends = (0, *case.shards, k.shape[1])
+    parts = []
+    for start, stop in zip(ends, ends[1:], strict=False):
+        at_k = cut(case.at_k, start, stop)
+        low = lower(case.mask, case.at_q, at_k, case.heads[1], q.device)
+        kv = [viewed(x[:, start:stop], case.view) for x in (k, v)]
+        parts.append((kv, low, at_k))
+    block = Block(*tile, 4, 2) if tile else None
+    blocks = (block, Block(tile[1], tile[0], 4, 2)) if block and tile else None
+    merged = None
+    for kv, low, at_k in parts:
+        piece = flash_forward.forward(q, *kv, case.mask, low, case.at_q, at_k, case.options, block)
+        merged = combine(merged, piece) if merged else piece
+    assert merged is not None
+    out, lse = merged
+    delta = row_delta(dout, out, lse, dlse)
+    grads = [
+        flash_backward.backward(
+            dout, delta, q, *kv, lse, case.mask, low, case.at_q, at_k, case.options, blocks
+        )
+        for kv, low, at_k in parts
+    ]
+    dq, dk, dv = zip(*grads, strict=True)
+    found = {"out": out, "dq": torch.stack(dq).sum(0), "dk": torch.cat(dk, 1), "dv": torch.cat(dv, 1)}
+    assert all(x.dtype == torch.float32 for x in found.values())
+    return found if lse is None else {**found, "lse": lse}
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """Relative norm; infinities (rows without keys) must be the same ones, and a NaN is infinitely wrong."""
+    if got.shape != want.shape or not torch.equal(got.isinf(), want.isinf()) or bool(got.isnan().any()):
+        return float("inf")
+    got, want = (x.double().masked_fill(x.isinf(), 0) for x in (got, want))
+    return float((got - want).norm() / want.norm()) if want.norm() else float(got.norm())
+
+
+def bound(dtype: str, name: str) -> float:
+    if name == "lse" or (dtype == "float32" and name == "out"):
+        return 1e-5
+    return 5e-5 if dtype == "float32" else torch.finfo(DTYPES[dtype]).eps
+
+
+def run_time_lists(device: str) -> Errors:
+    """Lists that no mask made: random tiles, the first of each row full, the others causal."""
+    generator = torch.Generator().manual_seed(1)
+    block, n, tiles = Block(16, 16, 4, 2), 45, 3
+    listed = torch.rand(2, tiles, tiles, generator=generator) < 0.6  # [kv head, q tile, k tile]
+    full = listed & (listed.cumsum(2) == 1)
+    low = lower(Causal(), spans(n), spans(n), 2, torch.device(device))
+    causal = torch.ones(n, n, dtype=torch.bool).tril()
+    some, every = (x.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :n, :n] for x in (listed, full))
+    seen = (every | (some & causal)).repeat_interleave(2, 0).to(device)  # two query heads each
+
+    q, k, v, dout = (torch.randn(2, n, h, 16, generator=generator).to(device) for h in (4, 2, 2, 4))
+    qd, kd, vd = (x.double().transpose(1, 2).detach().requires_grad_() for x in (q, k, v))
+    s = (qd @ kd.repeat_interleave(2, 1).mT / 4).masked_fill(~seen, -1e9)
+    want = (s.softmax(-1) * seen) @ vd.repeat_interleave(2, 1)
+    want.backward(dout.double().transpose(1, 2))
+
+    options = AttentionOptions()
+    forth, back = given(listed, full, device), given(listed.mT, full.mT, device)
+    out, lse = flash_forward.launch(q, k, v, low=low, lists=forth, options=options, block=block)
+    rows = flash_backward.prepared(dout, row_delta(dout, out, lse, None), lse, q.dtype)
+    dq = flash_backward.launch_dq(rows, q, k, v, low=low, lists=forth, options=options, block=block)
+    dk, dv = flash_backward.launch_dkdv(rows, q, k, v, low=low, lists=back, options=options, block=block)
+    got = {"out": (out, want), "dq": (dq, qd.grad), "dk": (dk, kd.grad), "dv": (dv, vd.grad)}
+    return {name: difference(a, b.detach().transpose(1, 2)) for name, (a, b) in got.items() if b is not None}
+
+
+def given(listed: Tensor, full: Tensor, device: str) -> Tiles:
+    """Tiles of bool [heads, rows, columns]."""
+    heads, rows, columns = listed.shape
+    index = torch.cat((full, listed & ~full), 2).flatten(0, 1).nonzero()[:, 1] % columns
+    count = listed.sum(2).flatten()
+    start = torch.cat((torch.zeros(1, dtype=torch.int64), count.cumsum(0)))
+    tensors = (start, full.sum(2).flatten(), index, count.argsort(descending=True))
+    return Tiles(1, heads, rows, columns, *(x.int().to(device) for x in tensors))
+
+
+def poison() -> None:
+    """Memory that a kernel does not write shows as NaN."""
+    empty = torch.empty
+    torch.empty = lambda *size, **kinds: empty(*size, **kinds).fill_(float("nan"))  # type: ignore[assignment]
+
+
+def mend_bfloat16() -> None:
+    """The interpreter multiplies the bits of bfloat16 as integers; compiled kernels do not."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def numbers(x: Any) -> Any:
+        half = x.dtype.scalar == tl.bfloat16
+        return (x.data.astype(np.uint32) << 16).view(np.float32) if half else x.data
+
+    def create_dot(self: Any, a: Any, b: Any, c: Any, *rest: Any) -> Any:
+        if tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar):
+            return original(self, a, b, c, *rest)
+        product = np.matmul(numbers(a), numbers(b), dtype=np.float32)
+        return interpreter.TensorHandle(product + c.data, c.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def child(names: list[str]) -> Found:
+    """The errors of these cases in this process, which interprets Triton, or why one could not run."""
+    torch.set_num_threads(1)
+    poison()
+    mend_bfloat16()
+    found: Found = {}
+    for name in names:
+        try:
+            case = CASES.get(name)
+            found[name] = run(case, "cpu", case.tile) if case else run_time_lists("cpu")
+        except Exception:
+            found[name] = traceback.format_exc()
+    return found
+
+
+@pytest.fixture(scope="module")
+def interpreted(request: pytest.FixtureRequest) -> Found:
+    """The errors of every case that this session asks for. The interpreter is chosen when triton is imported,
+    and for good, so it gets a process of its own.
+    """
+    here = [item for item in request.session.items if item.path == Path(__file__)]
+    calls = [getattr(item, "callspec", None) for item in here]
+    names = [call.params["name"] for call in calls if call and "name" in call.params]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "error", __file__, *dict.fromkeys(names)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", [*CASES, RUN_TIME])
+def test_interpreted_kernels_equal_float64(name: str, interpreted: Found) -> None:
+    errors = interpreted[name]
+    assert isinstance(errors, dict), errors
+    softmax = name in CASES and CASES[name].options.normalizer == "softmax"
+    assert errors.keys() == {"out", "dq", "dk", "dv"} | ({"lse"} if softmax else set())
+    within(errors, CASES[name].dtype if name in CASES else "float32")
+
+
+def within(errors: Errors, dtype: str) -> None:
+    for tensor, error in errors.items():
+        assert error <= bound(dtype, tensor), f"{tensor} is wrong by {error:.1e}"
+
+
+def test_refusals_name_what_is_wrong() -> None:
+    q = torch.zeros(1, 4, 2, 16)
+    for bad, words in (
+        (q.double(), "q is torch.float64; it takes float32, bfloat16 and float16"),
+        (torch.zeros(1, 4, 2, 264), "q has head_dim 264; it takes up to 256"),
+        (q, "q is on cpu; it needs a CUDA device"),
+    ):
+        assert not flash_forward.supports(bad)
+        at = spans(4)
+        low = lower(Full(), at, at, 2, bad.device)
+        with pytest.raises(Unsupported, match=words):
+            flash_forward.forward(bad, bad, bad, Full(), low, at, at, AttentionOptions())
+        with pytest.raises(Unsupported, match=words):
+            flash_backward.backward(bad, None, bad, bad, bad, None, Full(), low, at, at, AttentionOptions())
+
+
+def test_a_wrong_kernel_would_be_seen() -> None:
+    """The measure of all tests here: a NaN, a lost infinity and a small error are each out of bounds."""
+    want = torch.ones(4, dtype=torch.float64)
+    assert difference(want.float(), want) == 0
+    assert difference(want.index_fill(0, torch.tensor(1), float("nan")), want) == float("inf")
+    assert difference(want, want.index_fill(0, torch.tensor(1), float("-inf"))) == float("inf")
+    assert difference(want + 1e-4, want) > bound("float32", "dq")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_kernels_equal_float64(name: str, dtype: str) -> None:
+    case = replace(CASES[name], dtype=dtype)
+    for tile in (case.tile, None):
+        within(run(case, "cuda", tile), dtype)
+
+
+LONG = Documents((0, 300, 301, 900), Causal()) | First(2) | Window(70, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 72, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("mask", [Causal(), LONG], ids=["causal", "mixed"])
+def test_compiled_kernels_at_the_tiles_they_choose(mask: Mask, head_dim: int, dtype: str) -> None:
+    case = Case(mask, (4, 2), head_dim, spans(1111), spans(1111), (517,), 2, dtype)
+    within(run(case, "cuda", None), dtype)
+
+
+@pytest.mark.gpu
+def test_compiled_kernels_take_run_time_lists_and_repeat_bit_for_bit() -> None:
+    within(run_time_lists("cuda"), "float32")
+    case = Case(Causal(), (4, 2), 64, spans(2000), spans(2000), (), 2, "bfloat16")
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((2, 2000, 4, 64), (2, 2000, 2, 64), (2, 2000, 2, 64), (2, 2000, 4, 64), (2, 4, 2000))
+    made = [torch.randn(s, generator=generator).cuda() for s in shapes]
+    q, k, v = (x.bfloat16() for x in made[:3])
+    first, second = (attended(case, q, k, v, *made[3:], None) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+if __name__ == "__main__":
+    print(json.dumps(child(sys.argv[1:])))
