@@ -2,26 +2,26 @@
 backend.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from . import cpu, flash_backward, flash_forward, reference
+from . import cpu, flash_backward, flash_forward, reference, sdpa
 from .mask import Lowered, Mask, Unsupported, lower
 from .options import AttentionOptions
 from .span import Spans, total
 
-Backend = Literal["auto", "reference", "cpu", "triton"]
+Backend = Literal["auto", "reference", "cpu", "triton", "sdpa"]
 DEFAULT = AttentionOptions()
 
 
 def chosen(q: Tensor, options: AttentionOptions = DEFAULT, backend: Backend = "auto") -> str:
     """The backend that will run: 'triton' on CUDA, 'cpu' on the CPU, 'reference' where those cannot, or the
-    forced one.
+    forced one. 'sdpa', torch's own operators on CUDA, only runs where it is forced.
     """
-    if backend not in ("auto", "reference", "cpu", "triton"):
-        raise ValueError(f"backend is {backend!r}; allowed: auto, reference, cpu, triton")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(get_args(Backend))}")
     if backend != "auto":
         return backend
     if q.device.type == "cuda":
@@ -46,8 +46,8 @@ def forward(
     name = chosen(q, options, backend)
     if name == "reference":
         return reference.forward(q, k, v, low, options)
-    module = cpu if name == "cpu" else flash_forward
-    return module.forward(q, k, v, mask, low, at_q, at_k, options)
+    run = {"cpu": cpu.forward, "triton": flash_forward.forward, "sdpa": sdpa.forward}[name]
+    return run(q, k, v, mask, low, at_q, at_k, options)
 
 
 def backward(
@@ -69,8 +69,8 @@ def backward(
     name = chosen(q, options, backend)
     if name == "reference":
         return reference.backward(dout, delta, q, k, v, lse, low, options)
-    module = cpu if name == "cpu" else flash_backward
-    return module.backward(dout, delta, q, k, v, lse, mask, low, at_q, at_k, options)
+    run = {"cpu": cpu.backward, "triton": flash_backward.backward, "sdpa": sdpa.backward}[name]
+    return run(dout, delta, q, k, v, lse, mask, low, at_q, at_k, options)
 
 
 class _Attention(torch.autograd.Function):

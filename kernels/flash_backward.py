@@ -164,15 +164,15 @@ def attention_backward_dq_kernel(  # type: ignore[no-untyped-def]
         delta = load_row(rows.delta + line, m, sizes.queries, 0.0, True)
         lse = load_row(rows.lse + line, m, sizes.queries, float("inf"), True)
     keys, values = matrix(K, strides[1], b, kv, UNIT), matrix(V, strides[2], b, kv, UNIT)
-    first, middle, last = borders(lists, row, sizes.keys // BN)
+    full, stop, partial, end = borders(lists, row)
     at = (b % mask.rows, kv, start)
     dq = tl.zeros([BM, WIDTH], tl.float32)
     dq = _sweep_keys(
-        dq, (q, do, lse, delta), keys, values, (lists.index, first, middle), at, mask, sizes, scores,
+        dq, (q, do, lse, delta), keys, values, (lists.index, full, stop), at, mask, sizes, scores,
         False, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
     )  # fmt: skip
     dq = _sweep_keys(
-        dq, (q, do, lse, delta), keys, values, (lists.index, middle, last), at, mask, sizes, scores,
+        dq, (q, do, lse, delta), keys, values, (lists.index, partial, end), at, mask, sizes, scores,
         True, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
     )  # fmt: skip
     store_tile(DQ, dq * scale, b, h, sizes.heads, start, sizes.queries, BM, D, WIDTH)
@@ -216,7 +216,7 @@ def attention_backward_dkdv_kernel(  # type: ignore[no-untyped-def]
     start = tile * BN
     k = load_tile(matrix(K, strides[1], b, kv, UNIT), start, sizes.keys, BN, D, WIDTH, True)
     v = load_tile(matrix(V, strides[2], b, kv, UNIT), start, sizes.keys, BN, D, WIDTH, True)
-    first, middle, last = borders(lists, row, sizes.queries // BM)
+    full, stop, partial, end = borders(lists, row)
     at = (b % mask.rows, kv, start)
     dk, dv = tl.zeros([BN, WIDTH], tl.float32), tl.zeros([BN, WIDTH], tl.float32)
     group = sizes.heads // sizes.kv_heads
@@ -225,11 +225,11 @@ def attention_backward_dkdv_kernel(  # type: ignore[no-untyped-def]
         queries, douts = matrix(Q, strides[0], b, h, UNIT), matrix(rows.dout, strides[3], b, h, UNIT)
         line = (b.to(tl.int64) * sizes.heads + h) * sizes.queries
         dk, dv = _sweep_queries(
-            dk, dv, (k, v), queries, douts, rows, line, (lists.index, first, middle), at, mask, sizes, scores,
+            dk, dv, (k, v), queries, douts, rows, line, (lists.index, full, stop), at, mask, sizes, scores,
             False, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
         )  # fmt: skip
         dk, dv = _sweep_queries(
-            dk, dv, (k, v), queries, douts, rows, line, (lists.index, middle, last), at, mask, sizes, scores,
+            dk, dv, (k, v), queries, douts, rows, line, (lists.index, partial, end), at, mask, sizes, scores,
             True, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
         )  # fmt: skip
     store_tile(DK, dk * scale, b, kv, sizes.kv_heads, start, sizes.keys, BN, D, WIDTH)

@@ -200,16 +200,10 @@ def place(lists, batch, heads):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def borders(lists, row, short):  # type: ignore[no-untyped-def]
-    """Where the full tiles of a row start and end in the list, and where its partial ones end.
-
-    `short` is the column that the end of the sequence cuts, if any: were it full, it would be the last of
-    the full ones, and it counts as partial.
-    """
-    first = tl.load(lists.start + row)
-    middle = first + tl.load(lists.full + row)
-    cut = tl.load(lists.index + middle - 1, mask=middle > first, other=-1) == short
-    return first, middle - cut.to(tl.int32), tl.load(lists.start + row + 1)
+def borders(lists, row):  # type: ignore[no-untyped-def]
+    """Where the full tiles of a row begin and end in the list, and where its partial ones do."""
+    full, partial = lists.full + 2 * row, lists.partial + 2 * row
+    return tl.load(full), tl.load(full + 1), tl.load(partial), tl.load(partial + 1)
 
 
 @triton.jit
@@ -268,16 +262,16 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     start = tile * BM
     q = load_tile(matrix(Q, strides[0], b, h, UNIT), start, sizes.queries, BM, D, WIDTH, True)
     keys, values = matrix(K, strides[1], b, kv, UNIT), matrix(V, strides[2], b, kv, UNIT)
-    first, middle, last = borders(lists, row, sizes.keys // BN)
+    full, stop, partial, end = borders(lists, row)
     at = (b % mask.rows, kv, start)
     acc = tl.zeros([BM, WIDTH], tl.float32)
     top, norm = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     acc, top, norm = _sweep(
-        (acc, top, norm), q, keys, values, (lists.index, first, middle), at, mask, sizes, scores,
+        (acc, top, norm), q, keys, values, (lists.index, full, stop), at, mask, sizes, scores,
         False, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
     )  # fmt: skip
     acc, top, norm = _sweep(
-        (acc, top, norm), q, keys, values, (lists.index, middle, last), at, mask, sizes, scores,
+        (acc, top, norm), q, keys, values, (lists.index, partial, end), at, mask, sizes, scores,
         True, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
     )  # fmt: skip
     if not SIGMOID:

@@ -34,18 +34,23 @@ class Range(NamedTuple):
     tile, k tile].
 
     Where the positions themselves are at hand, they are `at`, int64 [1 or batch, tiles, tile], and `tile`
-    says which of these tiles each bound is of: int64, broadcastable over [head, q tile, k tile].
+    says which of these tiles each bound is of: int64, broadcastable over [head, q tile, k tile]. `known`
+    keeps what was worked out about `at`.
     """
 
     low: Tensor
     high: Tensor
     at: Tensor | None = None
     tile: Tensor | None = None
+    known: dict[Any, Any] | None = None
 
     def of(self, coordinate: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Least and greatest value of a function of the position, which must be at hand."""
+        """Least and greatest value of a function of the positions, which must be at hand."""
         assert self.at is not None
-        low, high = coordinate(self.at).aminmax(dim=-1)
+        known = {} if self.known is None else self.known
+        if coordinate not in known:
+            known[coordinate] = coordinate(self.at).aminmax(dim=-1)
+        low, high = known[coordinate]
         return low[:, self.tile], high[:, self.tile]
 
 
@@ -289,8 +294,12 @@ class Documents(Mask):
         """Positions within the document: exact if they are at hand, else `bounds`."""
         if x.at is None:
             return bounds
-        at = x.at - self.starts(x.at)[0]
-        return Range(*Range(x.low, x.high, at, x.tile).of(lambda p: p), at, x.tile)
+        known = {} if x.known is None else x.known
+        if self not in known:
+            known[self] = x.at - self.starts(x.at)[0], {}
+        moved = Range(x.low, x.high, known[self][0], x.tile, known[self][1])
+        low, high = moved.of(torch.Tensor.clone)
+        return moved._replace(low=low, high=high)
 
 
 @dataclass(frozen=True)

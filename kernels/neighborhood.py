@@ -15,6 +15,19 @@ from .patterns import same_block
 from .span import Span, Spans, positions
 
 
+class Coordinate(NamedTuple):
+    """Where positions lie on one axis of a grid: their residue, or else their place among those with it."""
+
+    inner: int
+    size: int
+    dilation: int
+    residue: bool
+
+    def __call__(self, at: Tensor) -> Tensor:
+        along = at // self.inner % self.size
+        return along % self.dilation if self.residue else along // self.dilation
+
+
 class Reach(NamedTuple):
     """Where a tile lies on an axis: least and greatest place x = p // d and residue p % d of a position."""
 
@@ -70,12 +83,7 @@ class Axis(Leaf):
     def reach(self, at: Range) -> Reach:
         """From the positions themselves where they are at hand; else from their bounds."""
 
-        def place(p: Tensor) -> Tensor:
-            return p // self.inner % self.size // self.dilation
-
-        def residue(p: Tensor) -> Tensor:
-            return p // self.inner % self.size % self.dilation
-
+        place, residue = (Coordinate(self.inner, self.size, self.dilation, x) for x in (False, True))
         if at.at is not None:
             return Reach(at.of(place), at.of(residue))
         # positions in one line along the axis lie between those of the bounds, others anywhere

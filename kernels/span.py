@@ -102,12 +102,11 @@ def _slice(span: Span, low: int, high: int) -> list[Span]:
     return pieces
 
 
-def compress(sorted_positions: Sequence[int]) -> Spans:
-    """Contiguous spans that hold these positions in this order."""
-    spans: list[Span] = []
-    for p in sorted_positions:
-        if spans and p == spans[-1].start + spans[-1].length:
-            spans[-1] = Span(spans[-1].start, spans[-1].length + 1)
-        else:
-            spans.append(Span(p, 1))
-    return tuple(spans)
+def compress(at: Tensor) -> Spans:
+    """Contiguous spans that hold these positions, int64 [tokens], in this order."""
+    if not len(at):
+        return ()
+    edges = (at[1:] != at[:-1] + 1).nonzero().flatten() + 1
+    starts = torch.cat((edges.new_zeros(1), edges))
+    lengths = torch.cat((edges, edges.new_full((1,), len(at)))) - starts
+    return tuple(Span(s, n) for s, n in zip(at[starts].tolist(), lengths.tolist(), strict=True))

@@ -6,27 +6,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .cells import Grid, cells, held, strips
+from .lists import ranges
 from .mask import Documents, Full, Lowered, Mask, Range, bound_heads, lower, visible
-from .span import Span, Spans, bounds, total
-
-CELLS = 2**24  # tile pairs classified at once: bounds the memory of building a list
+from .span import Span, Spans, total
 
 
 class Tiles(NamedTuple):
-    """For each row of tiles, the columns it must visit: the full ones first, then the partial ones, each
-    ascending.
+    """For each row of tiles, the columns it must visit.
 
     Row r = (b * heads + h) * tiles + i. Forward and dQ have query tiles as rows; the transposed lists have
-    key tiles. `batch` and `heads` are 1 where the mask does not tell them apart.
+    key tiles. `batch` and `heads` are 1 where the mask does not tell them apart. `index` begins with all the
+    columns in order, and rows whose tiles are neighbours share that part: lists of a causal mask take no
+    memory. No tile that the end of the columns cuts is full.
     """
 
     batch: int
     heads: int
     rows: int  # tiles a (batch, head)
     columns: int
-    start: Tensor  # int32 [batch * heads * rows + 1]: where each row's list starts
-    full: Tensor  # int32 [batch * heads * rows]: how many of a row's tiles are full
-    index: Tensor  # type: ignore[assignment]  # int32 [listed tiles]: columns; tuple has an index() too
+    full: Tensor  # int32 [batch * heads * rows, 2]: where in `index` the row's full tiles begin and end
+    partial: Tensor  # int32, the same of the partial ones
+    index: Tensor  # type: ignore[assignment]  # int32: columns; tuple has an index() too
     order: Tensor  # int32 [batch * heads * rows]: rows, longest first
 
 
@@ -62,56 +63,46 @@ def tiles(
     """Lists of tiles of `size` (queries, keys) held tokens. Built on `device`; never from a matrix of
     tokens.
     """
-    q, k = Range(*bounds(at_q, size[0], device)), Range(*bounds(at_k, size[1], device))
-    rows, columns = (len(k.low), len(q.low)) if transpose else (len(q.low), len(k.low))
-    groups = mask.batch() * (kv_heads if mask.per_head else 1)
-    step = max(1, CELLS // max(1, groups * columns))
-    parts = []
-    for first in range(0, max(rows, 1), step):
-        piece = slice(first, first + step)
-        if transpose:
-            some, every = classify(mask, q, Range(k.low[piece], k.high[piece]), kv_heads)
-            some, every = some.mT, every.mT
-        else:
-            some, every = classify(mask, Range(q.low[piece], q.high[piece]), k, kv_heads)
-        parts.append(_listed(some, every))
-    batch, heads = some.shape[:2]
-    return _join(parts, batch, heads, rows, columns)
+    counts = (-(-total(at_q) // size[0]), -(-total(at_k) // size[1]))
+    if 0 in counts:
+        none = torch.zeros(1, 1, *(counts[::-1] if transpose else counts), dtype=torch.bool, device=device)
+        return chosen(none, none)
+    # only the end of the columns matters: the kernels guard their own rows at all times
+    short = transpose and total(at_q) % size[0] > 0, not transpose and total(at_k) % size[1] > 0
+    found = cells(Grid(mask, held(at_q, size[0], device), held(at_k, size[1], device), kv_heads, short))
+    batch, heads, _, keys = found.whole.shape
+    rows, columns = (keys, found.rows) if transpose else (found.rows, keys)
+    return _ordered(batch, heads, rows, columns, *ranges(found, transpose))
 
 
-def _listed(some: Tensor, every: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts of listed and full tiles, [batch, heads, rows], and the columns, [listed], in row order, full
-    ones first.
+def chosen(some: Tensor, every: Tensor) -> Tiles:
+    """Lists made at run time, as a learned selector would: which tiles to visit, and which of them are full.
+
+    some, every: bool [1 or batch, 1 or kv heads, rows, columns]. `every` must be false of tiles that the end
+    of the columns cuts, and of tiles that are not visited.
     """
-    full, partial = every, some & ~every
-    both = torch.cat((full, partial), -1)
-    index = both.nonzero()[:, -1] % some.shape[-1]
-    return both.sum(-1, dtype=torch.int32), full.sum(-1, dtype=torch.int32), index.int()
+    kinds = [x.flatten(0, 2) for x in (every, some & ~every)]
+    counts = torch.stack([x.sum(1) for x in kinds])
+    ends = counts.flatten().cumsum(0).view_as(counts)
+    full, partial = torch.stack((ends - counts, ends), 2).int()
+    index = torch.cat([x.nonzero()[:, 1] for x in kinds]).int()
+    return _ordered(*some.shape, full, partial, index)
 
 
-def _join(
-    parts: list[tuple[Tensor, Tensor, Tensor]], batch: int, heads: int, rows: int, columns: int
+def _ordered(
+    batch: int, heads: int, rows: int, columns: int, full: Tensor, partial: Tensor, index: Tensor
 ) -> Tiles:
-    count = torch.cat([p[0] for p in parts], 2)
-    full = torch.cat([p[1] for p in parts], 2).flatten()
-    if len(parts) == 1 or batch * heads == 1:
-        index = torch.cat([p[2] for p in parts])
-    else:  # each part is sorted by group first: bring the groups of all the parts together
-        split = [p[2].split(p[0].sum(2).flatten().tolist()) for p in parts]
-        index = torch.cat([piece for group in zip(*split, strict=True) for piece in group])
-    count = count.flatten()
-    start = torch.zeros(len(count) + 1, dtype=torch.int32, device=count.device)
-    start[1:] = count.cumsum(0)
-    order = count.argsort(descending=True, stable=True).int()
-    return Tiles(batch, heads, rows, columns, start, full, index, order)
+    order = (full + partial).diff().flatten().argsort(descending=True, stable=True).int()
+    return Tiles(batch, heads, rows, columns, full, partial, index, order)
 
 
 def needed(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, *, tile: int = 128) -> bool:
     """Whether any query at `at_q` may see any key at `at_k`: false only if surely none does."""
     if not total(at_q) or not total(at_k):
         return False
-    q, k = Range(*bounds(at_q, tile)), Range(*bounds(at_k, tile))
-    return bool(classify(mask, q, k, kv_heads)[0].any())
+    cpu = torch.device("cpu")
+    grid = Grid(mask, held(at_q, tile, cpu), held(at_k, tile, cpu), kv_heads)
+    return any(bool(strip.whole.any()) or strip.each.numel() > 0 for strip in strips(grid))
 
 
 def area(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, *, tile: int = 128) -> int:
@@ -136,11 +127,12 @@ def area(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, *, tile: int = 128
 
 def listed(lists: Tiles) -> list[tuple[int, int, bool]]:
     """The lists as (row, column, full) triples."""
-    start, full, index = lists.start.tolist(), lists.full.tolist(), lists.index.tolist()
+    full, partial, index = lists.full.tolist(), lists.partial.tolist(), lists.index.tolist()
     return [
-        (row, index[at], at - start[row] < full[row])
+        (row, column, kind is full)
         for row in range(len(full))
-        for at in range(start[row], start[row + 1])
+        for kind in (full, partial)
+        for column in index[slice(*kind[row])]
     ]
 
 

@@ -15,7 +15,8 @@ class Rope:
     theta: base of the wavelengths. scaling 'linear' divides positions by `factor` (Chen et al. 2023); 'yarn'
     divides only long wavelengths and warms the scores (Peng et al. 2023, section 3): `original` is the
     context length trained before, `beta_fast`, `beta_slow` the turns within it above which a dimension is
-    kept and below which it is divided.
+    kept and below which it is divided; between them the share rises over the dimensions, as in the authors'
+    code.
     """
 
     theta: float = 10_000.0
@@ -38,10 +39,14 @@ class Rope:
             )
         if self.scaling == "yarn" and (self.original is None or self.original < 1):
             raise ValueError("rope.scaling=yarn needs rope.original, the context length before stretching")
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(
+                f"rope.beta_slow is {self.beta_slow}, rope.beta_fast {self.beta_fast}; 0 < beta_slow < beta_fast"
+            )
 
     def frequencies(self, head_dim: int, device: torch.device | None = None) -> Tensor:
-        """Radians a position for each pair of dimensions: float32 [head_dim // 2]."""
-        pairs = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+        """Radians a position for each pair of dimensions: float64 [head_dim // 2]."""
+        pairs = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64)
         plain = self.theta ** (-pairs / head_dim)
         if self.scaling == "linear":
             return plain / self.factor
@@ -66,8 +71,8 @@ class Rope:
         """cos and sin at global `positions` [T]: two float32 [T, 1, head_dim // 2], the same for every
         layer.
         """
-        # float64: at a million tokens a float32 product is off by 0.06 radians
-        angle = positions.double()[:, None] * self.frequencies(head_dim, positions.device).double()
+        # float64: at a million tokens a float32 angle is off by up to 0.3 radians
+        angle = positions.double()[:, None] * self.frequencies(head_dim, positions.device)
         return (angle.cos() * self.warmth).float()[:, None], (angle.sin() * self.warmth).float()[:, None]
 
 

@@ -66,9 +66,13 @@ def post(
 
 
 def trade(
-    group: dist.ProcessGroup, outgoing: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]], traffic: Traffic
+    group: dist.ProcessGroup,
+    outgoing: Sequence[Sequence[Tensor]],
+    shapes: Sequence[Sequence[tuple[int, ...]]],
+    traffic: Traffic,
 ) -> list[list[Tensor]]:
-    """One all-to-all: `outgoing[r]` are tensors for rank r, `shapes[r]` those of what rank r sends here; one dtype for all.
+    """One all-to-all: `outgoing[r]` are tensors for rank r, `shapes[r]` those of what rank r sends here; one
+    dtype for all.
 
     Splits may be uneven or empty. What a rank keeps for itself is not counted as sent.
     """

@@ -16,9 +16,11 @@ from .ring import Route, route
 
 
 class Gather(Joined):
-    """K, V from every rank whose shard the mask needs, `heads_at_once` kv heads at a time (0: all) to bound memory.
+    """K, V from every rank whose shard the mask needs, `heads_at_once` kv heads at a time (0: all) to bound
+    memory.
 
-    dK and dV go home in float32 and are added there in the order of the ranks (Llama 3, section 3.3.2, gathers too).
+    dK and dV go home in float32 and are added there in the order of the ranks (Llama 3, section 3.3.2,
+    gathers too).
     """
 
     def __init__(
@@ -50,7 +52,13 @@ class Gather(Joined):
         return torch.cat(outs, 2), whole, (q, k, v, whole)
 
     def backward(
-        self, dout: Tensor, delta: Tensor | None, saved: Saved, mask: Mask, placement: Placement, options: AttentionOptions
+        self,
+        dout: Tensor,
+        delta: Tensor | None,
+        saved: Saved,
+        mask: Mask,
+        placement: Placement,
+        options: AttentionOptions,
     ) -> Triple:
         q, k, v, lse = saved
         assert q is not None and k is not None and v is not None
@@ -63,7 +71,16 @@ class Gather(Joined):
             bound = mask.heads(range(kv_heads.start, kv_heads.stop), k.shape[2])
             rows = [None if x is None else x[:, q_heads] for x in (delta, lse)]
             part = backward(
-                dout[:, :, q_heads], rows[0], q[:, :, q_heads], kv[0], kv[1], rows[1], bound, mine, at, options=options
+                dout[:, :, q_heads],
+                rows[0],
+                q[:, :, q_heads],
+                kv[0],
+                kv[1],
+                rows[1],
+                bound,
+                mine,
+                at,
+                options=options,
             )
             dq[:, :, q_heads] = part[0]
             dkv[:, :, :, kv_heads] = self._give_back(torch.stack(part[1:]), placement, way)
@@ -74,10 +91,14 @@ class Gather(Joined):
         heads, each = k.shape[2], q.shape[2] // k.shape[2]
         step = self.heads_at_once or heads
         starts = range(0, heads, step)
-        return [(slice(i, min(i + step, heads)), slice(i * each, min(i + step, heads) * each)) for i in starts]
+        return [
+            (slice(i, min(i + step, heads)), slice(i * each, min(i + step, heads) * each)) for i in starts
+        ]
 
     def _collect(self, kv: Tensor, placement: Placement, way: Route) -> tuple[Tensor, Spans]:
-        """Own keys and values and those of every rank that this one needs, in rank order, and where they sit."""
+        """Own keys and values and those of every rank that this one needs, in rank order, and where they
+        sit.
+        """
         parts: list[Tensor] = []
         receives: list[Edge] = []
         at: Spans = ()

@@ -1,4 +1,6 @@
-"""The two halves of a layout, forward and backward without autograd, and the one autograd function that joins them."""
+"""The two halves of a layout, forward and backward without autograd, and the one autograd function that
+joins them.
+"""
 
 from typing import Any, Protocol
 
@@ -16,7 +18,8 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class Halves(Protocol):
-    """What a layout computes. Layouts compose by calling each other's halves: partial results stay float32 in between.
+    """What a layout computes. Layouts compose by calling each other's halves: partial results stay float32 in
+    between.
 
     Autograd over the steps of a layout would keep every rank's keys alive; `saved` is all that a half keeps.
     """
@@ -24,13 +27,23 @@ class Halves(Protocol):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, options: AttentionOptions
     ) -> tuple[Tensor, Tensor | None, Saved]:
-        """(out [B, N, Hq, D], lse [B, Hq, N] or None, what backward needs), the first two in the partial dtype."""
+        """(out [B, N, Hq, D], lse [B, Hq, N] or None, what backward needs), the first two in the partial
+        dtype.
+        """
         ...
 
     def backward(
-        self, dout: Tensor, delta: Tensor | None, saved: Saved, mask: Mask, placement: Placement, options: AttentionOptions
+        self,
+        dout: Tensor,
+        delta: Tensor | None,
+        saved: Saved,
+        mask: Mask,
+        placement: Placement,
+        options: AttentionOptions,
     ) -> Triple:
-        """dq, dk, dv of the tokens held here, in the partial dtype; delta [B, Hq, N] = rowsum(dout * out) - dlse."""
+        """dq, dk, dv of the tokens held here, in the partial dtype; delta [B, Hq, N] = rowsum(dout * out)
+        - dlse.
+        """
         ...
 
 

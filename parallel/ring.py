@@ -51,7 +51,9 @@ class Ring(Joined):
 
     def __init__(self, mesh: DeviceMesh, *, axis: str = "ring", placement: str = "zigzag") -> None:
         if axis not in (mesh.mesh_dim_names or ()):
-            raise ValueError(f"parallel.layout.axis is {axis!r}; it can be {', '.join(mesh.mesh_dim_names or ())}")
+            raise ValueError(
+                f"parallel.layout.axis is {axis!r}; it can be {', '.join(mesh.mesh_dim_names or ())}"
+            )
         self.group = mesh.get_group(axis)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.traffic = Traffic()
@@ -77,7 +79,13 @@ class Ring(Joined):
         return *row, (q, k, v, row[1])
 
     def backward(
-        self, dout: Tensor, delta: Tensor | None, saved: Saved, mask: Mask, placement: Placement, options: AttentionOptions
+        self,
+        dout: Tensor,
+        delta: Tensor | None,
+        saved: Saved,
+        mask: Mask,
+        placement: Placement,
+        options: AttentionOptions,
     ) -> Triple:
         q, k, v, lse = saved
         assert q is not None and k is not None and v is not None

@@ -30,7 +30,13 @@ class Single(Joined):
         return out, lse, (q, k, v, lse)
 
     def backward(
-        self, dout: Tensor, delta: Tensor | None, saved: Saved, mask: Mask, placement: Placement, options: AttentionOptions
+        self,
+        dout: Tensor,
+        delta: Tensor | None,
+        saved: Saved,
+        mask: Mask,
+        placement: Placement,
+        options: AttentionOptions,
     ) -> Triple:
         q, k, v, lse = saved
         assert q is not None and k is not None and v is not None

@@ -1,4 +1,6 @@
-"""Trade sequence for heads, attend, trade back (DeepSpeed Ulysses, Jacobs et al. 2023); over a ring it is USP."""
+"""Trade sequence for heads, attend, trade back (DeepSpeed Ulysses, Jacobs et al. 2023); over a ring it is
+USP.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -37,11 +39,16 @@ class Share(NamedTuple):
         if len(set(counts)) == 1:
             return [(slice(0, len(self.kv)), slice(0, len(self.q)))]
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-        return [(slice(i, i + 1), slice(end - n, end)) for i, (n, end) in enumerate(zip(counts, ends, strict=True))]
+        return [
+            (slice(i, i + 1), slice(end - n, end))
+            for i, (n, end) in enumerate(zip(counts, ends, strict=True))
+        ]
 
 
 def shares(q_heads: int, kv_heads: int, size: int) -> list[Share]:
-    """The heads of each of `size` ranks: as even as can be; a rank may have none, a kv head goes only where it is used."""
+    """The heads of each of `size` ranks: as even as can be; a rank may have none, a kv head goes only
+    where it is used.
+    """
     each, found = q_heads // kv_heads, []
     for rank in range(size):
         q = range(q_heads * rank // size, q_heads * (rank + 1) // size)
@@ -56,7 +63,12 @@ class Ulysses(Joined):
     """
 
     def __init__(
-        self, mesh: DeviceMesh, *, axis: str = "head", inner: Callable[[DeviceMesh], InnerLayout] = Single, chunks: int = 1
+        self,
+        mesh: DeviceMesh,
+        *,
+        axis: str = "head",
+        inner: Callable[[DeviceMesh], InnerLayout] = Single,
+        chunks: int = 1,
     ) -> None:
         if chunks < 1:
             raise ValueError(f"parallel.layout.chunks is {chunks}; it must be at least 1")
@@ -64,7 +76,9 @@ class Ulysses(Joined):
         self._heads = mesh.get_group(axis)
         self.here, self.ways = dist.get_rank(self._heads), dist.get_world_size(self._heads)
         self.rank, self.size = self.inner.rank * self.ways + self.here, self.inner.size * self.ways
-        self.group = self._heads if self.inner.size == 1 else mesh["ring", axis]._flatten("sequence").get_group()
+        self.group = (
+            self._heads if self.inner.size == 1 else mesh["ring", axis]._flatten("sequence").get_group()
+        )
 
     def place(self, length: int, mask: Mask) -> Placement:
         """What the inner layout gives to a rank, cut into one part for each rank of the head axis."""
@@ -90,7 +104,13 @@ class Ulysses(Joined):
         return torch.cat(outs, 2), lse, (k[:, :0], *kept)
 
     def backward(
-        self, dout: Tensor, delta: Tensor | None, saved: Saved, mask: Mask, placement: Placement, options: AttentionOptions
+        self,
+        dout: Tensor,
+        delta: Tensor | None,
+        saved: Saved,
+        mask: Mask,
+        placement: Placement,
+        options: AttentionOptions,
     ) -> Triple:
         like, *rest = saved
         assert like is not None
@@ -113,10 +133,16 @@ class Ulysses(Joined):
         kv_heads, (rows, _, heads, dim) = qkv[1].shape[2], qkv[0].shape
         all_shares, tokens = shares(heads, kv_heads, self.ways), self._tokens(placement)
         me, inner = all_shares[self.here], self._inner(placement)
-        pieces = [[x[:, :, h.start : h.stop] for x, h in zip(qkv, (s.q, s.kv, s.kv), strict=True)] for s in all_shares]
+        pieces = [
+            [x[:, :, h.start : h.stop] for x, h in zip(qkv, (s.q, s.kv, s.kv), strict=True)]
+            for s in all_shares
+        ]
         shapes = [[(rows, n, len(h), dim) for h in (me.q, me.kv, me.kv)] for n in tokens]
-        q, k, v = (torch.cat(x, 1) for x in zip(*trade(self._heads, pieces, shapes, self.traffic), strict=True))
-        outs, lses, kept = [q[:, :, :0]], [], []
+        q, k, v = (
+            torch.cat(x, 1) for x in zip(*trade(self._heads, pieces, shapes, self.traffic), strict=True)
+        )
+        outs, lses = [q[:, :, :0]], []
+        kept: list[Tensor | None] = []
         for kv, at in me.calls(heads // kv_heads):
             bound = mask.heads(me.kv[kv], kv_heads)
             out, lse, saved = self.inner.forward(q[:, :, at], k[:, :, kv], v[:, :, kv], bound, inner, options)
@@ -131,7 +157,8 @@ class Ulysses(Joined):
         return out, lse, kept
 
     def _backward(
-        self, rows: tuple[Tensor, Tensor | None, int], saved: Sequence[Tensor | None], mask: Mask, placement: Placement,
+        self, rows: tuple[Tensor, Tensor | None, int], saved: Sequence[Tensor | None], mask: Mask,
+        placement: Placement,
         options: AttentionOptions,
     ) -> Triple:  # fmt: skip
         dout, delta, kv_heads = rows
@@ -142,7 +169,10 @@ class Ulysses(Joined):
         if delta is not None:
             delta = self._out(delta, tokens, [s.q for s in all_shares], heads_dim=1)
         shape = (dout.shape[0], sum(tokens), len(me.kv), dout.shape[3])
-        dq, dkv = torch.zeros_like(dout, dtype=dtype), torch.zeros((2, *shape), dtype=dtype, device=dout.device)
+        dq, dkv = (
+            torch.zeros_like(dout, dtype=dtype),
+            torch.zeros((2, *shape), dtype=dtype, device=dout.device),
+        )
         calls = me.calls(heads // kv_heads)
         each = len(saved) // max(1, len(calls))
         for i, (kv, at) in enumerate(calls):
@@ -153,8 +183,12 @@ class Ulysses(Joined):
             )
         return self._home(dq, dkv, tokens, all_shares, kv_heads)
 
-    def _home(self, dq: Tensor, dkv: Tensor, tokens: list[int], all_shares: list[Share], kv_heads: int) -> Triple:
-        """Gradients back to the ranks of the tokens, in float32; a kv head's are summed over the ranks that used it."""
+    def _home(
+        self, dq: Tensor, dkv: Tensor, tokens: list[int], all_shares: list[Share], kv_heads: int
+    ) -> Triple:
+        """Gradients back to the ranks of the tokens, in float32; a kv head's are summed over the ranks
+        that used it.
+        """
         kinds = ((dq, "q"), (dkv[0], "kv"), (dkv[1], "kv"))
         pieces = [list(parts) for parts in zip(*(x.split(tokens, 1) for x, _ in kinds), strict=True)]
         rows, n, dim = dq.shape[0], tokens[self.here], dq.shape[3]
@@ -170,7 +204,9 @@ class Ulysses(Joined):
         """From local tokens of all heads to all tokens of local heads."""
         pieces = [[x.narrow(heads_dim, h.start, len(h))] for h in heads]
         shapes = [[self._shape(x, heads_dim, len(heads[self.here]), n)] for n in tokens]
-        return torch.cat([part[0] for part in trade(self._heads, pieces, shapes, self.traffic)], 3 - heads_dim)
+        return torch.cat(
+            [part[0] for part in trade(self._heads, pieces, shapes, self.traffic)], 3 - heads_dim
+        )
 
     def _back(self, x: Tensor, tokens: list[int], heads: list[range], *, heads_dim: int) -> Tensor:
         """From all tokens of local heads to local tokens of all heads."""
@@ -199,7 +235,9 @@ class Ulysses(Joined):
         return [placement.tokens(self.inner.rank * self.ways + i) for i in range(self.ways)]
 
     def _inner(self, placement: Placement) -> Placement:
-        """The placement that the inner layout sees: the ranks of the head axis together are one rank of it."""
+        """The placement that the inner layout sees: the ranks of the head axis together are one rank of
+        it.
+        """
         spans = placement.spans_by_rank
         groups = [spans[i : i + self.ways] for i in range(0, len(spans), self.ways)]
         return Placement(placement.length, tuple(tuple(s for one in group for s in one) for group in groups))

@@ -16,7 +16,9 @@ from longspan.parallel.layout import Layout, shard, unshard
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.placement import Placement
 from longspan.parallel.ring import Ring
+from longspan.parallel.s2 import HeadSharded
 from longspan.parallel.single import Single
+from longspan.parallel.star import Star
 from longspan.parallel.ulysses import Ulysses
 
 
@@ -35,7 +37,9 @@ Errors = dict[str, float]  # tensor name -> relative norm of the difference
 
 
 def build(name: str, size: int) -> Layout:
-    """ring/zigzag, gather/striped, gather1/zigzag (a head at a time), ulysses, ulysses2 (two rounds), usp/zigzag, s2, single."""
+    """ring/zigzag, gather/striped, gather1/zigzag (a head at a time), ulysses, ulysses2 (two rounds),
+    usp/zigzag, s2/contiguous, s2-4/striped (blocks of 4), star, single.
+    """
     kind, _, placement = name.partition("/")
     if kind == "single":
         return Single()
@@ -43,10 +47,16 @@ def build(name: str, size: int) -> Layout:
         return Ulysses(Mesh(head=size).build("cpu"), chunks=int(kind[7:] or 1))
     if kind == "usp":
         head = 2 if size % 2 == 0 else size
-        return Ulysses(Mesh(head=head, ring=size // head).build("cpu"), inner=partial(Ring, placement=placement))
+        return Ulysses(
+            Mesh(head=head, ring=size // head).build("cpu"), inner=partial(Ring, placement=placement)
+        )
     mesh = Mesh(ring=size).build("cpu")
     if kind.startswith("gather"):
         return Gather(mesh, placement=placement, heads_at_once=int(kind[6:] or 0))
+    if kind.startswith("s2"):
+        return HeadSharded(mesh, placement=placement, block=int(kind[3:] or 64))
+    if kind == "star":
+        return Star(mesh)
     return Ring(mesh, placement=placement)
 
 

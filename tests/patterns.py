@@ -68,7 +68,9 @@ def pattern_sees(mask: Mask, q: int, k: int, h: int, of: int) -> bool | None:
 
 def neighbours(mask: Any, q: int, k: int) -> bool:
     cells = list(product(*map(range, mask.grid)))
-    each = zip(cells[q], cells[k], mask.grid, mask.window, mask.dilation, mask.stride, mask.causal, strict=True)
+    each = zip(
+        cells[q], cells[k], mask.grid, mask.window, mask.dilation, mask.stride, mask.causal, strict=True
+    )
     return all(along(*axis) for axis in each)
 
 

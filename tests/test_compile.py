@@ -24,7 +24,9 @@ from triton.runtime.jit import JITFunction
 
 from longspan.kernels import flash_backward, flash_forward
 from longspan.kernels.mask import Causal, Documents, Mask, Window, lower
+from longspan.kernels.neighborhood import Neighborhood
 from longspan.kernels.options import AttentionOptions
+from longspan.kernels.patterns import Strided
 from longspan.kernels.predicate import constant
 from longspan.kernels.span import Span
 from longspan.kernels.tile import tiles
@@ -35,6 +37,8 @@ KERNELS = ("forward", "dq", "dkdv")
 MASKS: dict[str, Mask] = {
     "causal": Causal(),
     "window & documents": Window(64) & Documents((0, 100, 130), Causal()),
+    "s2": Strided(64, 2, 4) & Causal(),
+    "neighbourhood": Neighborhood((4, 8, 8), (3, 5, 5), stride=(1, 2, 2), causal=(True, False, False)),
 }
 OPTIONS = {
     "softmax": AttentionOptions(),
@@ -77,12 +81,14 @@ class Use:
 
 
 GATE = [
-    Case(sm, head_dim, mask)
-    for sm, mask in ((90, "causal"), (90, "window & documents"), (80, "causal"), (100, "causal"))
-    for head_dim in (64, 128)
+    *(Case(sm, head_dim) for sm in (90, 80, 100) for head_dim in (64, 128)),
+    *(Case(90, head_dim, "window & documents") for head_dim in (64, 128)),
+    *(Case(90, 128, mask) for mask in ("s2", "neighbourhood")),
 ]
 REST = [
-    *(Case(sm, 128, "window & documents") for sm in (80, 100)),
+    *(Case(90, 64, mask) for mask in ("s2", "neighbourhood")),
+    *(Case(sm, head_dim, "s2") for sm in (80, 100) for head_dim in (64, 128)),
+    *(Case(sm, 128, mask) for sm in (80, 100) for mask in ("window & documents", "neighbourhood")),
     *(Case(90, head_dim) for head_dim in (16, 72, 96, 256)),
     *(Case(90, 128, scores=scores) for scores in ("softcap", "sigmoid")),
     *(Case(sm, head_dim) for sm in (86, 120) for head_dim in (64, 128, 256)),

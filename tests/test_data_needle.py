@@ -42,13 +42,13 @@ def test_needle_asks_for_the_span_at_the_end(shared_cache: Path) -> None:
             assert sample.offsets == (0,) and len(sample.tokens) == 256
             answer = np.flatnonzero(sample.labels != IGNORE)
             assert bytes(sample.labels[answer].astype(np.uint8)) == span
-            assert span.isalnum() and span == span.lower() and span.isascii()
+            assert all(33 <= character < 127 for character in span)
             assert bytes(sample.tokens[-26:].astype(np.uint8)) == MARKER + span
             assert answer.tolist() == list(range(256)[needle.answer(256)])
             assert sample.labels[:-1][answer].tolist() == sample.tokens[answer + 1].tolist()
             assert sample.previous.tolist() == [-1, *sample.tokens[:-1].tolist()]
-    assert 70 < starts.count(0) < 130
-    assert min(s for s in starts if s) < 40 and max(starts) > 180
+    thirds = [sum(68 * i <= start < 68 * (i + 1) for start in starts) for i in range(3)]
+    assert min(thirds) > 45 and max(starts) <= 204
 
 
 def test_needle_is_deterministic_and_its_haystack_real(shared_cache: Path) -> None:

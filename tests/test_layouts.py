@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from cells import Cell, build, held, inputs, run_cells
 from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Window
+from longspan.kernels.patterns import Anchored, Strided
 from longspan.kernels.span import Span
 from longspan.parallel.layout import shard
 from longspan.parallel.mesh import Mesh
@@ -18,9 +19,18 @@ from longspan.parallel.single import Single
 from world import Worlds
 
 RINGS = ["ring/contiguous", "ring/zigzag", "ring/striped"]
+LAYOUTS = [
+    *RINGS, "gather/zigzag", "gather1/striped", "ulysses", "ulysses2", "usp/zigzag", "s2/contiguous", "s2-4/striped",
+]  # fmt: skip
 HEADS = [(4, 4), (8, 2), (4, 1), (5, 5)]
 LENGTHS = [48, 61, 63]
 STARTS = (0, 1, 2, 9, 40)
+STARS = [
+    Anchored(8, 8, 40) & Causal(),
+    Anchored(4, 10, 48) & Causal(),
+    Anchored(8, 16, 20) & Causal(),
+    Anchored(8, 8, 99),
+]
 
 
 def masks(batch: int) -> list[Mask]:
@@ -37,18 +47,25 @@ def masks(batch: int) -> list[Mask]:
         Documents(tuple(rows), inner=Causal()),
         Documents(STARTS, inner=Causal() & (Window(3) | First(2))),
     ]
-    return plain + packed
+    sparse: list[Mask] = [
+        Strided(4, 2, 4) & Causal(),
+        Strided(4, 1, 2, offset=1),
+        Anchored(8, 8, 40) & Causal(),
+        Documents(STARTS, inner=Strided(3, 1, 3) & Causal()),
+    ]
+    return plain + packed + sparse
 
 
 def cells(size: int) -> list[Cell]:
     """Every mask under every placement; heads, lengths and batches rotate so that each pair of them meets."""
     turns = itertools.cycle(itertools.product(HEADS, LENGTHS, (1, 2)))
     grid = []
-    for layout, i in itertools.product(RINGS, range(len(masks(1)))):
-        for _ in range(3 if size <= 3 else 1):
+    for layout, i in itertools.product(LAYOUTS, range(len(masks(1)))):
+        for _ in range(2 if size == 2 else 1):
             heads, length, batch = next(turns)
-            grid.append(Cell(layout, masks(batch)[i], heads, length, batch))
-    return grid
+            if size < 8 or i % 2 == len(grid) % 2:
+                grid.append(Cell(layout, masks(batch)[i], heads, length, batch))
+    return grid + [Cell("star", m, heads, 61) for m, heads in zip(STARS, HEADS, strict=True)]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])

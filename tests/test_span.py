@@ -91,5 +91,5 @@ def test_cut_inside_a_run_keeps_the_runs_behind_it() -> None:
 
 
 def test_compress_holds_the_same_positions_in_few_spans() -> None:
-    assert compress([3, 4, 5, 9, 10, 2]) == (Span(3, 3), Span(9, 2), Span(2, 1))
-    assert compress([]) == ()
+    assert compress(torch.tensor([3, 4, 5, 9, 10, 2])) == (Span(3, 3), Span(9, 2), Span(2, 1))
+    assert compress(torch.empty(0, dtype=torch.int64)) == ()

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.kernels import tile
+from longspan.kernels import cells
+from longspan.kernels.cells import held
 from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Range, Window, lower
 from longspan.kernels.span import Span, Spans, bounds, total
-from longspan.kernels.tile import Tiles, area, classify, listed, needed, pairs, tile_visible, tiles
+from longspan.kernels.tile import Tiles, area, chosen, classify, listed, needed, pairs, tile_visible, tiles
 from masks import Phase, matrix, random_mask, random_spans
 
 CPU = torch.device("cpu")
@@ -109,35 +110,64 @@ def test_lists_hold_what_the_classification_says(seed: int, transpose: bool) -> 
     draw = Random(seed)
     mask, size = random_mask(draw, 60, batch=draw.choice([1, 2])), draw.choice([(4, 4), (7, 3)])
     q, k = random_spans(draw, 60), random_spans(draw, 60)
-    expected = classify(mask, Range(*bounds(q, size[0])), Range(*bounds(k, size[1])), KV_HEADS)
+    some, every = classify(mask, held(q, size[0], CPU), held(k, size[1], CPU), KV_HEADS)
+    every = every.clone()
+    # a tile that the end of the columns cuts is not full
+    if transpose and total(q) % size[0]:
+        every[..., -1, :] = False
+    if not transpose and total(k) % size[1]:
+        every[..., -1] = False
     lists = tiles(mask, q, k, KV_HEADS, size=size, transpose=transpose, device=CPU)
-    for found, right in zip(decoded(lists), expected, strict=True):
-        assert torch.equal(found, right.mT if transpose else right)
+    for found, right in zip(decoded(lists), (some, every), strict=True):
+        right = right.mT if transpose else right
+        assert torch.equal(found, right)
     check_order(lists)
 
 
 def check_order(lists: Tiles) -> None:
-    count = lists.start.diff()
+    count = (lists.full + lists.partial).diff().flatten()
     assert sorted(lists.order.tolist()) == list(range(len(count)))
     assert (count[lists.order.long()].diff() <= 0).all(), "longest rows come first"
-    start, index = lists.start.tolist(), lists.index.tolist()
-    for row, full in enumerate(lists.full.tolist()):
-        own = index[start[row] : start[row + 1]]
-        assert own[:full] == sorted(own[:full]) and own[full:] == sorted(own[full:])
-    assert {x.dtype for x in (lists.start, lists.full, lists.index, lists.order)} == {torch.int32}
+    assert {x.dtype for x in (lists.full, lists.partial, lists.index, lists.order)} == {torch.int32}
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-def test_lists_built_piece_by_piece_are_the_same(monkeypatch: pytest.MonkeyPatch, transpose: bool) -> None:
-    """A long sequence is classified some rows at a time."""
+@pytest.mark.parametrize("height", [1, 3, 4])
+def test_cells_of_any_height_make_the_same_lists(
+    monkeypatch: pytest.MonkeyPatch, transpose: bool, height: int
+) -> None:
+    """Tiles are judged some rows at a time, which must not show."""
     at = (Span(0, 60),)
     for mask in (Causal(), Phase(5) & Window(9), Documents(((0, 9, 31), (0, 40, 60)), Causal()) | Phase(7)):
-        whole = tiles(mask, at, at, KV_HEADS, size=(4, 5), transpose=transpose, device=CPU)
-        monkeypatch.setattr(tile, "CELLS", 64)
-        pieces = tiles.__wrapped__(mask, at, at, KV_HEADS, size=(4, 5), transpose=transpose, device=CPU)
-        monkeypatch.undo()
-        assert whole[:4] == pieces[:4]
-        assert all(torch.equal(a, b) for a, b in zip(whole[4:], pieces[4:], strict=True))
+        for size in ((4, 5), (7, 4)):
+            made = []
+            for tiles_in_a_cell in (64, height):
+                monkeypatch.setattr(cells, "HEIGHT", tiles_in_a_cell)
+                made.append(
+                    tiles.__wrapped__(mask, at, at, KV_HEADS, size=size, transpose=transpose, device=CPU)
+                )
+            assert sorted(listed(made[0])) == sorted(listed(made[1]))
+            check_order(made[1])
+
+
+def test_lists_of_neighbours_take_no_memory() -> None:
+    at = (Span(0, 640),)
+    for mask in (Full(), Causal(), Causal() & First(77)):
+        for transpose in (False, True):
+            lists = tiles(mask, at, at, KV_HEADS, size=(4, 4), transpose=transpose, device=CPU)
+            assert len(lists.index) == lists.columns == 160
+
+
+def test_lists_made_at_run_time() -> None:
+    some = torch.tensor([[[[1, 0, 1], [0, 0, 0]], [[1, 1, 1], [0, 1, 0]]]]).bool()
+    every = torch.tensor([[[[0, 0, 1], [0, 0, 0]], [[1, 0, 1], [0, 0, 0]]]]).bool()
+    lists = chosen(some, every)
+    assert listed(lists) == [
+        *((0, 2, True), (0, 0, False)),
+        *((2, 0, True), (2, 2, True), (2, 1, False)),
+        (3, 1, False),
+    ]
+    assert lists[:4] == (1, 2, 2, 3) and lists.order.tolist() == [2, 0, 3, 1]
 
 
 def test_lists_without_tokens_are_empty() -> None:
@@ -145,7 +175,7 @@ def test_lists_without_tokens_are_empty() -> None:
     for q, k in (((), some), (some, ()), ((), ())):
         for transpose in (False, True):
             lists = tiles(Causal(), q, k, 1, size=(4, 4), transpose=transpose, device=CPU)
-            assert listed(lists) == [] and lists.start[-1] == 0
+            assert listed(lists) == [] and lists.full.sum() == lists.partial.sum() == 0
     assert area(Causal(), (), some, 1) == 0 and not needed(Causal(), some, (), 1)
 
 

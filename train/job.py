@@ -136,8 +136,16 @@ def open_data(cfg: DictConfig, launch: Launch, ranks: Ranks) -> Dataset:
 
 
 def build_layout(cfg: DictConfig, launch: Launch, device: torch.device) -> tuple[DeviceMesh, Layout]:
-    mesh = made(cfg.parallel.mesh).build(device.type, node=launch.local_world)
-    return mesh, made(cfg.parallel.layout)(mesh)
+    mesh: DeviceMesh = made(cfg.parallel.mesh).build(device.type, node=launch.local_world)
+    layout: Layout = made(cfg.parallel.layout)(mesh)
+    split = mesh["ring"].size() * mesh["head"].size()
+    if layout.size != split:
+        raise ValueError(
+            f"parallel.mesh splits a sequence over {split} ranks (ring {mesh['ring'].size()} x head "
+            f"{mesh['head'].size()}), but parallel.layout {type(layout).__name__} uses {layout.size} of them: "
+            f"set the degree of the axis that it does not use to 1, or take parallel=usp, which uses both"
+        )
+    return mesh, layout
 
 
 def build_model(cfg: DictConfig, data: Dataset, mask: Mask) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import cos, pi
+from math import cos, inf, pi
 from typing import Any, Literal
 
 import torch
@@ -30,7 +30,7 @@ class Optim:
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "wsd", "constant"):
             raise ValueError(f"optim.schedule is {self.schedule!r}; it can be cosine, wsd or constant")
-        if self.lr <= 0 or self.weight_decay < 0:
+        if not 0 < self.lr < inf or not 0 <= self.weight_decay < inf:
             raise ValueError(
                 f"optim.lr is {self.lr}, optim.weight_decay {self.weight_decay}; lr > 0, weight_decay >= 0"
             )

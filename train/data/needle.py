@@ -17,7 +17,8 @@ from .tokenizer import Bytes
 
 # Stands before the needle and asks for it at the end; control characters are not found in source code.
 MARKER = b"\x1e\x1f"
-_LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", dtype=np.uint8)
+# What a needle is made of: every printable character but the space.
+_LETTERS = np.arange(33, 127, dtype=np.uint8)
 # Streams of random numbers that never meet.
 _STREAMS = {"train": 1, "held_out": 2, "probe": 3}
 
@@ -32,7 +33,7 @@ class Needle:
         context: Tokens (bytes) per sample, at most.
         seed: Of the samples.
         cache: Folder for the tokens of the haystack.
-        span: Bytes to repeat, random lowercase letters and digits.
+        span: Bytes to repeat, random printable characters.
         depth: Where the needle is, 0 at the start to 1 just before the question; None: as said above.
         curriculum: Pairs of a step and the context from this step on, from step 0; None: `context` always.
         haystack_loss: Label the text too.
@@ -160,7 +161,7 @@ class Needle:
     def _tokens(self, part: str, context: int, depth: float, random: list[int]) -> Ints:
         start, *letters = random
         needle = np.concatenate(
-            [np.frombuffer(MARKER, np.uint8), _LETTERS[np.array(letters, np.uint64) % 36]]
+            [np.frombuffer(MARKER, np.uint8), _LETTERS[np.array(letters, np.uint64) % len(_LETTERS)]]
         )
         haystack = self._haystacks[part]
         rest = context - 2 * self._block

@@ -3,7 +3,7 @@ ring x head.
 """
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,9 +21,8 @@ AXES = ("dp", "ring", "head")
 
 
 class DDP:
-    """bucket_mb: size of a gradient bucket. 0 reduces each parameter alone: DDP lays its buckets out anew
-    after the first step, so only then are sums in the same order before and after a resume, and losses
-    bit-equal at any number of ranks.
+    """bucket_mb: size of a gradient bucket. 0 reduces each parameter alone: only then are sums in the same
+    order before and after a resume, and losses bit-equal at any number of ranks.
     """
 
     def __init__(self, *, bucket_mb: float = 0.0) -> None:
@@ -44,7 +43,7 @@ class DDP:
             ddp = DistributedDataParallel(
                 objective, process_group=group, bucket_cap_mb=self.bucket_mb or 1e-6
             )
-            ddp.register_comm_hook(group, _sum)
+            ddp.register_comm_hook(_Over(group, apart=not self.bucket_mb), _sum)
             self.runner = ddp
 
     def backward(self, *inputs: Any, last: bool) -> Tensor:
@@ -84,10 +83,22 @@ class DDP:
         )
 
 
-def _sum(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """A comm hook that adds instead of averaging: each rank's loss is already its share of the global
-    mean.
+class _Over(NamedTuple):
+    """Over which ranks gradients are summed, and whether each by itself."""
+
+    group: dist.ProcessGroup
+    apart: bool
+
+
+def _sum(over: _Over, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A comm hook that adds instead of averaging: each rank's loss is already its share of the global mean.
+
+    Apart, because DDP has all gradients in one bucket in its first step, and how a number is summed over more
+    than two ranks depends on where in its bucket it stands.
     """
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
-    assert work is not None
-    return work.get_future().then(lambda done: done.value()[0])
+    whole, sums = bucket.buffer(), []
+    for part in bucket.gradients() if over.apart else [whole]:
+        work = dist.all_reduce(part, group=over.group, async_op=True)
+        assert work is not None
+        sums.append(work.get_future())
+    return torch.futures.collect_all(sums).then(lambda _: whole)
