@@ -18,7 +18,7 @@ from .span import Span, Spans, positions
 class Coordinate(NamedTuple):
     """Where positions lie on one axis of a grid: their residue, or else their place among those with it."""
 
-    inner: int
+    inner: int  # positions a step
     size: int
     dilation: int
     residue: bool
@@ -27,39 +27,60 @@ class Coordinate(NamedTuple):
         along = at // self.inner % self.size
         return along % self.dilation if self.residue else along // self.dilation
 
+    def span(self, x: Range) -> tuple[Tensor, Tensor]:
+        """Least and greatest in each tile, from the positions themselves if they are at hand."""
+        if x.at is not None:
+            return x.of(self)
+        # on one line along the axis positions lie between those of the bounds, on one point they are alike
+        apart = self.inner if self.residue else self.inner * self.size
+        alike = x.low // apart == x.high // apart
+        most = self.dilation - 1 if self.residue else (self.size - 1) // self.dilation
+        return self(x.low).where(alike, 0), self(x.high).where(alike, most)
 
-class Reach(NamedTuple):
-    """Where a tile lies on an axis: least and greatest place x = p // d and residue p % d of a position."""
 
-    x: tuple[Tensor, Tensor]
-    residue: tuple[Tensor, Tensor]
+@triton.jit
+def residue_predicate(q, k, h, inner, size, dilation):  # type: ignore[no-untyped-def]
+    return q // inner % size % dilation == k // inner % size % dilation
+
+
+@dataclass(frozen=True)
+class Residue(Leaf):
+    """q and k a multiple of `dilation` apart along one axis."""
+
+    inner: int
+    size: int
+    dilation: int
+    predicate: ClassVar[Any] = residue_predicate
+
+    def parameters(self, of: int) -> tuple[int, ...]:
+        return self.inner, self.size, self.dilation
+
+    def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
+        along = Coordinate(self.inner, self.size, self.dilation, residue=True)
+        return same_block(along.span(q), along.span(k))
 
 
 @triton.jit
 def near_predicate(q, k, h, inner, size, window, dilation, stride):  # type: ignore[no-untyped-def]
     xq, xk = q // inner % size // dilation, k // inner % size // dilation
-    residue = k // inner % size % dilation
-    same = q // inner % size % dilation == residue
-    last = (size - 1 - residue) // dilation
+    last = (size - 1 - k // inner % size % dilation) // dilation
     leader = xq // stride * stride + stride // 2
     # start <= xk < start + window, with start = min(max(leader - window // 2, 0), last + 1 - window)
     after = (xk + window > last) | (xk + window // 2 >= leader)
-    return same & after & ((xk < window) | (xk + window // 2 < leader + window))
+    return after & ((xk < window) | (xk + window // 2 < leader + window))
 
 
 @triton.jit
 def before_predicate(q, k, h, inner, size, window, dilation, stride):  # type: ignore[no-untyped-def]
     xq, xk = q // inner % size // dilation, k // inner % size // dilation
-    residue = k // inner % size % dilation
-    same = q // inner % size % dilation == residue
-    last = (size - 1 - residue) // dilation
+    last = (size - 1 - k // inner % size % dilation) // dilation
     leader = xq // stride * stride + stride - 1
-    return same & (xk <= xq) & ((xk + window > leader) | (xk + window > last))
+    return (xk <= xq) & ((xk + window > last) | (xk + window > leader))
 
 
 @dataclass(frozen=True)
 class Axis(Leaf):
-    """Visible along one axis of a grid, `inner` positions a step; see `Neighborhood`."""
+    """Within the window along one axis of a grid, of keys whose residue is the query's; see `Neighborhood`."""
 
     inner: int
     size: int
@@ -80,28 +101,15 @@ class Axis(Leaf):
                 f"axis of {self.size}; it must be 1 <= stride <= window <= size // dilation"
             )
 
-    def reach(self, at: Range) -> Reach:
-        """From the positions themselves where they are at hand; else from their bounds."""
-
-        place, residue = (Coordinate(self.inner, self.size, self.dilation, x) for x in (False, True))
-        if at.at is not None:
-            return Reach(at.of(place), at.of(residue))
-        # positions in one line along the axis lie between those of the bounds, others anywhere
-        line = at.low // (self.inner * self.size) == at.high // (self.inner * self.size)
-        point = line & (at.low // self.inner == at.high // self.inner)
-        x = (place(at.low).where(line, 0), place(at.high).where(line, (self.size - 1) // self.dilation))
-        return Reach(x, (residue(at.low).where(point, 0), residue(at.high).where(point, self.dilation - 1)))
-
     def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
-        a, b = self.reach(q), self.reach(k)
-        same, only = same_block(a.residue, b.residue)
-        low, high = (self.seen(x, r) for x, r in zip(a.x, reversed(a.residue), strict=True))
-        some = (b.x[1] >= low[0]) & (b.x[0] <= high[1])
-        return same & some, only & (b.x[0] >= high[0]) & (b.x[1] <= low[1])
+        place, residue = (Coordinate(self.inner, self.size, self.dilation, x) for x in (False, True))
+        (low, high), (k_low, k_high), (least, most) = place.span(q), place.span(k), residue.span(k)
+        last_low, last_high = ((self.size - 1 - x) // self.dilation for x in (most, least))
+        first, end = self.seen(low, last_low), self.seen(high, last_high)
+        return (k_high >= first[0]) & (k_low <= end[1]), (k_low >= end[0]) & (k_high <= first[1])
 
-    def seen(self, x: Tensor, residue: Tensor) -> tuple[Tensor, Tensor]:
-        """First and last place that a query at place x sees; both grow with x and shrink with the residue."""
-        last = (self.size - 1 - residue) // self.dilation
+    def seen(self, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """First and last place that a query at place x of 0 to `last` sees; neither falls as these grow."""
         leader = (x // self.stride * self.stride + self.stride // 2).minimum(last)
         start = (leader - self.window // 2).clamp(min=0).minimum(last + 1 - self.window)
         return start, start + self.window - 1
@@ -113,8 +121,7 @@ class CausalAxis(Axis):
 
     predicate: ClassVar[Any] = before_predicate
 
-    def seen(self, x: Tensor, residue: Tensor) -> tuple[Tensor, Tensor]:
-        last = (self.size - 1 - residue) // self.dilation
+    def seen(self, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         leader = (x // self.stride * self.stride + self.stride - 1).minimum(last)
         return leader - self.window + 1, x
 
@@ -165,7 +172,8 @@ class Neighborhood(Composed):
         return [(CausalAxis if causal else Axis)(*numbers) for *numbers, causal in each]
 
     def parts(self, of: int) -> Mask:
-        return both(self.axes())
+        axes = self.axes()
+        return both([*(Residue(x.inner, x.size, x.dilation) for x in axes if x.dilation > 1), *axes])
 
     def lower(self, frame: Frame) -> Tree:
         within(self, prod(self.grid), frame.q, frame.k)

@@ -42,7 +42,7 @@ def test_needle_asks_for_the_span_at_the_end(shared_cache: Path) -> None:
             assert sample.offsets == (0,) and len(sample.tokens) == 256
             answer = np.flatnonzero(sample.labels != IGNORE)
             assert bytes(sample.labels[answer].astype(np.uint8)) == span
-            assert all(33 <= character < 127 for character in span)
+            assert span.isalnum() and span == span.upper() and len(set(span)) == 24
             assert bytes(sample.tokens[-26:].astype(np.uint8)) == MARKER + span
             assert answer.tolist() == list(range(256)[needle.answer(256)])
             assert sample.labels[:-1][answer].tolist() == sample.tokens[answer + 1].tolist()
@@ -104,6 +104,7 @@ def test_needle_settings(shared_cache: Path) -> None:
     [
         ({"context": 51}, "data.context=51 must be a whole number of at least 52"),
         ({"span": 0}, "data.span=0"),
+        ({"span": 37}, "data.span=37"),
         ({"depth": 1.5}, "data.depth=1.5"),
         ({"curriculum": [[5, 128]]}, r"data.curriculum=\[\[5, 128\]\]: steps must start at 0"),
         ({"curriculum": [[0, 128], [0, 256]]}, "steps must start at 0 and rise"),

@@ -45,7 +45,7 @@ def text() -> list[int]:
 
 
 def full(made: GPT, ids: list[int], begin: int) -> Tensor:
-    """Logits [tokens, vocab] of one forward over a sequence that packs two documents, the second at `begin`."""
+    """Logits [tokens, vocab] of one forward over two packed documents, the second from `begin` on."""
     previous = [-1 if i in (0, begin) else ids[i - 1] for i in range(len(ids))]
     attend = bind(Single(), contiguous(len(ids), 1))
     at, offsets = torch.arange(len(ids)), ((0, begin) if begin else (0,),)
@@ -152,7 +152,7 @@ def test_numbers_that_cannot_be_are_refused(changed: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     "prompt",
     [
-        "def main(", "a, b = [c] {d: 1}", "it's \"x\"", "'quoted'", '"quoted"', "ends with \\", 'quote \\" end',
+        "def main(", "a, b = [c] {d: 1}", "it's \"x\"", "'quoted'", '"quoted"', "ends with \\", 'quote \\" b',
         "${seed} \\${seed} \\\\${", "null", "12", "two\nlines\t", "=x=", "# é 你好", " space ", '\\"${x}\\',
     ],
 )  # fmt: skip

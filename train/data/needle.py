@@ -17,8 +17,8 @@ from .tokenizer import Bytes
 
 # Stands before the needle and asks for it at the end; control characters are not found in source code.
 MARKER = b"\x1e\x1f"
-# What a needle is made of: every printable character but the space.
-_LETTERS = np.arange(33, 127, dtype=np.uint8)
+# What a needle is made of, each character once, so that the one before says which comes next.
+_LETTERS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", dtype=np.uint8)
 # Streams of random numbers that never meet.
 _STREAMS = {"train": 1, "held_out": 2, "probe": 3}
 
@@ -33,7 +33,7 @@ class Needle:
         context: Tokens (bytes) per sample, at most.
         seed: Of the samples.
         cache: Folder for the tokens of the haystack.
-        span: Bytes to repeat, random printable characters.
+        span: Bytes to repeat, distinct random capitals and digits.
         depth: Where the needle is, 0 at the start to 1 just before the question; None: as said above.
         curriculum: Pairs of a step and the context from this step on, from step 0; None: `context` always.
         haystack_loss: Label the text too.
@@ -56,6 +56,8 @@ class Needle:
         held_out: float = 0.05,
     ) -> None:
         self._block = len(MARKER) + whole("data.span", span, 1)
+        if span > len(_LETTERS):
+            raise ValueError(f"data.span={span} must be at most {len(_LETTERS)}: its characters are distinct")
         self.context = whole("data.context", context, 2 * self._block)
         self._seed = whole("data.seed", seed, 0)
         self._span = span
@@ -154,15 +156,14 @@ class Needle:
 
     def _random(self, *key: int) -> list[int]:
         # Raw bits, since numpy may change what it makes of them.
-        bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(3 + self._span)
+        bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(3 + len(_LETTERS))
         found: list[int] = bits.tolist()
         return found
 
     def _tokens(self, part: str, context: int, depth: float, random: list[int]) -> Ints:
         start, *letters = random
-        needle = np.concatenate(
-            [np.frombuffer(MARKER, np.uint8), _LETTERS[np.array(letters, np.uint64) % len(_LETTERS)]]
-        )
+        drawn = np.argsort(np.array(letters, np.uint64), kind="stable")[: self._span]
+        needle = np.concatenate([np.frombuffer(MARKER, np.uint8), _LETTERS[drawn]])
         haystack = self._haystacks[part]
         rest = context - 2 * self._block
         # Around the end, for a context longer than the haystack.
