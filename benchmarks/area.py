@@ -62,8 +62,9 @@ def area(mask: Mask, at: Spans, kv_heads: int, device: torch.device) -> float:
     sizes = [(length - x * TILE).clamp(max=TILE) for x in (row % lists.rows, column)]
     pairs, tile = int((sizes[0] * sizes[1]).sum()), torch.arange(TILE, device=device)
     row, column = _listed(lists.partial, lists.index)
-    for h, i, j in zip(*(x.split(AT_ONCE) for x in (row // lists.rows, row % lists.rows, column)), strict=True):
-        i, j = i[:, None, None] * TILE + tile[:, None], j[:, None, None] * TILE + tile
+    for rows, columns in zip(row.split(AT_ONCE), column.split(AT_ONCE), strict=True):
+        h, i = rows // lists.rows, rows % lists.rows
+        i, j = i[:, None, None] * TILE + tile[:, None], columns[:, None, None] * TILE + tile
         inside = (i < length) & (j < length)
         i, j = (x.clamp(max=length - 1) for x in (i, j))
         pairs += int((sees(h[:, None, None], i, j) & inside).sum())

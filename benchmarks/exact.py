@@ -34,7 +34,7 @@ def given(case: Case, device: torch.device, seed: int = 0) -> Given:
     heads = (case.shape.q_heads, case.shape.kv_heads, case.shape.kv_heads, case.shape.q_heads)
     shapes = [(1, case.tokens, n, case.shape.head_dim) for n in heads]
     q, k, v, dout = (torch.randn(s, generator=generator, device=device).to(case.dtype) for s in shapes)
-    return Given(*(x.requires_grad_() for x in (q, k, v)), dout)
+    return Given(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout)
 
 
 def slices(case: Case, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -127,8 +127,9 @@ def flex(case: Case, inputs: Given) -> Attempt:
     if not isinstance(case.mask, Full):
         sees = by_index(lower(case.mask, case.at, case.at, case.shape.kv_heads, device))
         heads = case.shape.q_heads if case.mask.per_head else None
-        n = case.tokens
-        blocks = create_block_mask(mask_mod(sees, group), None, heads, n, n, str(device), _compile=True)
+        # compiled, since the plain one makes the whole [heads, tokens, tokens] mask first
+        make: Any = torch.compile(create_block_mask, dynamic=False)
+        blocks = make(mask_mod(sees, group), None, heads, case.tokens, case.tokens, device=str(device))
     compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def run() -> Tensor:

@@ -46,8 +46,8 @@ def forward(
     name = chosen(q, options, backend)
     if name == "reference":
         return reference.forward(q, k, v, low, options)
-    run = {"cpu": cpu.forward, "triton": flash_forward.forward, "sdpa": sdpa.forward}[name]
-    return run(q, k, v, mask, low, at_q, at_k, options)
+    module: Any = {"cpu": cpu, "triton": flash_forward, "sdpa": sdpa}[name]
+    return module.forward(q, k, v, mask, low, at_q, at_k, options)
 
 
 def backward(
@@ -69,8 +69,8 @@ def backward(
     name = chosen(q, options, backend)
     if name == "reference":
         return reference.backward(dout, delta, q, k, v, lse, low, options)
-    run = {"cpu": cpu.backward, "triton": flash_backward.backward, "sdpa": sdpa.backward}[name]
-    return run(dout, delta, q, k, v, lse, mask, low, at_q, at_k, options)
+    module: Any = {"cpu": cpu, "triton": flash_backward, "sdpa": sdpa}[name]
+    return module.backward(dout, delta, q, k, v, lse, mask, low, at_q, at_k, options)
 
 
 class _Attention(torch.autograd.Function):

@@ -41,12 +41,12 @@ class Config(NamedTuple):
 
 # By head dim, padded to a power of two. docs/kernels.md has the registers and spills that they lead to.
 HOPPER = {
-    64: Config(Block(128, 64, 4, 3), Block(128, 64, 4, 2), Block(64, 128, 8, 2)),
+    64: Config(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
     128: Config(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
     256: Config(Block(128, 64, 8, 2), Block(128, 32, 8, 2), Block(32, 64, 8, 2)),
 }
 AMPERE = {
-    64: Config(Block(128, 64, 4, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
+    64: Config(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
     128: Config(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(64, 64, 8, 2)),
     256: Config(Block(64, 32, 8, 2), Block(32, 32, 4, 2), Block(32, 32, 8, 2)),
 }

@@ -260,10 +260,12 @@ def _check_coverage(mask: Mask, heads: Sequence[int], of: int, layers: int) -> N
         case Strided():
             unseen = mask.unseen(heads, of, layers)
             if unseen:
+                most = min(mask.stride, len(heads) * layers)
+                strides = (replace(mask, stride=stride) for stride in range(most, 0, -1))
+                fits = next(s.stride for s in strides if not s.unseen(heads, of, layers))
                 raise ValueError(
                     f"{mask}: {len(heads)} of {of} kv heads in {layers} layers leave {unseen} of every "
-                    f"{mask.stride} blocks unseen; take a stride of at most {len(heads)}, or a multiple of "
-                    f"{of} that is at most {of} x {layers} layers, or dense_heads=1"
+                    f"{mask.stride} blocks unseen; stride={fits} or dense_heads={heads[0] + 1} leave none"
                 )
         case And(left, right) | Or(left, right):
             for part in (left, right):

@@ -23,7 +23,7 @@ LARGE = ((8, 0), (9, 0), (10, 0), (10, 3))  # with the shared memory that a back
 
 
 def supports(q: Tensor, mask: Mask, at_q: Spans, at_k: Spans, options: AttentionOptions) -> bool:
-    """Whether torch's operators compute this: device, dtype, head_dim, options, and the mask on these tokens."""
+    """Whether torch's operators compute this: device, dtype, head_dim, options, the mask on these tokens."""
     return _refusal(q, mask, at_q, at_k, options) is None
 
 
@@ -51,7 +51,7 @@ def backward(
     dout: Tensor, delta: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, mask: Mask,
     low: Lowered, at_q: Spans, at_k: Spans, options: AttentionOptions, operator: Operator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv over these keys, float32 after one rounding, from the whole row's lse and delta [B, Hq, Nq].
+    """dq, dk, dv over these keys, float32 after one rounding; lse and delta [B, Hq, Nq] are the whole row's.
 
     The operators take `out` and make delta of it: they get one that leads to the given delta, whatever dlse
     is in it. A row whose dout is 0 and whose delta is not has none; then Triton does the whole backward. To
@@ -70,8 +70,9 @@ def backward(
     if (operator or preferred(q)) == "cudnn":
         seed, offset = (torch.empty((), dtype=torch.int64, device=q.device) for _ in range(2))
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, out, lse[..., None], seed, offset, None, None, None, *lengths, 0.0, causal, scale=scale
-        )
+            dout, q, k, v, out, lse[..., None], seed, offset, None, None, None, *lengths, 0.0, causal,
+            scale=scale,
+        )  # fmt: skip
     else:
         seed, offset = (torch.empty(size, dtype=torch.uint64, device=q.device) for size in ((2,), ()))
         grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
@@ -129,8 +130,8 @@ def _refusal(q: Tensor, mask: Mask, at_q: Spans, at_k: Spans, options: Attention
         return f"scale is {scale}; it takes scales above 0"
     if causal_flag(mask, at_q, at_k) is None:
         return (
-            f"the mask is {mask}; it does Full, and Causal where queries and keys are the same run of positions "
-            "or no key is later than a query"
+            f"the mask is {mask}; it does Full, and Causal where queries and keys are the same run of "
+            "positions or no key is later than a query"
         )
     if q.dtype not in DTYPES:
         return f"q is {q.dtype}; it takes bfloat16 and float16"

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.mask import Causal, Documents, Mask, Offsets
+from ..kernels.patterns import layered
 from .block import Attend, Attention, SwiGLU
 from .rope import Rope
 
@@ -64,10 +65,11 @@ class GPT(nn.Module):
             raise ValueError(
                 f"the head dim is {head_dim}; RoPE turns pairs, so it must be even (model.head_dim)"
             )
-        masks = [mask or Causal()] * layers if mask is None or isinstance(mask, Mask) else list(mask)
+        mask = Causal() if mask is None else mask
+        masks = layered(mask, layers, kv_heads) if isinstance(mask, Mask) else tuple(mask)
         if len(masks) != layers:
             raise ValueError(f"{len(masks)} masks for {layers} layers: give one, or one a layer")
-        self.masks, self.rope, self.recompute = tuple(masks), rope or Rope(), recompute
+        self.masks, self.rope, self.recompute = masks, rope or Rope(), recompute
         self.layers, self.heads, self.kv_heads, self.head_dim = layers, heads, kv_heads, head_dim
         self.embed = nn.Embedding(vocab, dim)
         self.mix = nn.Linear(dim, dim, bias=False) if predecessor else None

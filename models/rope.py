@@ -41,7 +41,8 @@ class Rope:
             raise ValueError("rope.scaling=yarn needs rope.original, the context length before stretching")
         if not 0 < self.beta_slow < self.beta_fast:
             raise ValueError(
-                f"rope.beta_slow is {self.beta_slow}, rope.beta_fast {self.beta_fast}; 0 < beta_slow < beta_fast"
+                f"rope.beta_slow is {self.beta_slow}, rope.beta_fast {self.beta_fast}; "
+                f"they need 0 < beta_slow < beta_fast"
             )
 
     def frequencies(self, head_dim: int, device: torch.device | None = None) -> Tensor:

@@ -1,7 +1,7 @@
-"""What the masks of patterns, heads and neighborhood mean, said a second time in plain Python, and draws of them."""
+"""What the sparse masks mean, said a second time in plain Python; some of each, and compositions."""
 
 from bisect import bisect_right
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from random import Random
 from typing import Any
@@ -10,11 +10,30 @@ import torch
 from torch import Tensor
 
 import masks
+from longspan.kernels.cells import held
 from longspan.kernels.heads import Heads, PerHead
-from longspan.kernels.mask import And, Bound, Causal, Documents, First, Full, Mask, Or, Window
+from longspan.kernels.mask import (
+    And,
+    Bound,
+    Causal,
+    Documents,
+    First,
+    Full,
+    Mask,
+    Or,
+    Range,
+    Window,
+    lower,
+    visible,
+)
 from longspan.kernels.neighborhood import Frames, FrameTiles, Neighborhood
 from longspan.kernels.patterns import Anchored, BlockPermutation, Chunks, Shifted, Strided, Tail
-from longspan.kernels.span import Spans
+from longspan.kernels.span import Span, Spans, bounds, total
+from longspan.kernels.tile import classify
+
+CPU = torch.device("cpu")
+KV_HEADS = 4
+WHOLE = (Span(0, 60),)
 
 
 def sees(mask: Mask, q: int, k: int, *, h: int = 0, of: int = 1, row: int = 0) -> bool:
@@ -66,8 +85,13 @@ def pattern_sees(mask: Mask, q: int, k: int, h: int, of: int) -> bool | None:
     return None
 
 
+@lru_cache
+def grid_cells(grid: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return list(product(*map(range, grid)))
+
+
 def neighbours(mask: Any, q: int, k: int) -> bool:
-    cells = list(product(*map(range, mask.grid)))
+    cells = grid_cells(mask.grid)
     each = zip(
         cells[q], cells[k], mask.grid, mask.window, mask.dilation, mask.stride, mask.causal, strict=True
     )
@@ -101,7 +125,40 @@ def truth(mask: Mask, q: Spans, k: Spans, kv_heads: int) -> Tensor:
     return torch.stack(rows)
 
 
-# Each mask for 4 kv heads over the positions below 60.
+def seen(mask: Mask, q: Spans, k: Spans) -> Tensor:
+    """bool [mask rows, kv heads, queries, keys]."""
+    shape = mask.batch(), KV_HEADS, total(q), total(k)
+    return visible(lower(mask, q, k, KV_HEADS, CPU)).expand(shape)
+
+
+def line(mask: Mask, q: int, keys: int, *, h: int = 0, of: int = 1) -> str:
+    """The keys that a query sees, by the package, held against plain Python on the way."""
+    found = visible(lower(mask.heads([h], of), (Span(q, 1),), (Span(0, keys),), 1, CPU))
+    row = found.expand(1, 1, 1, keys).flatten().int().tolist()
+    assert row == [int(sees(mask, q, k, h=h, of=of)) for k in range(keys)]
+    return "".join(map(str, row))
+
+
+def tiled(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Whether any and whether every pair of each tile is visible."""
+
+    def some(x: Tensor) -> Tensor:
+        rows = (row.split(size[1], -1) for row in x.split(size[0], -2))
+        return torch.stack([torch.stack([t.flatten(-2).any(-1) for t in row], -1) for row in rows], -2)
+
+    return some(x), ~some(~x)
+
+
+def check_classification(mask: Mask, q: Spans, k: Spans, size: tuple[int, int]) -> None:
+    real_some, real_every = tiled(seen(mask, q, k), size)
+    bare = Range(*bounds(q, size[0])), Range(*bounds(k, size[1]))
+    for own, keys in (bare, (held(q, size[0], CPU), held(k, size[1], CPU))):
+        some, every = classify(mask, own, keys, KV_HEADS)
+        assert not (real_some & ~some).any(), f"{mask}: a tile called empty holds work"
+        assert not (every & ~real_every).any(), f"{mask}: a tile called full is not"
+
+
+# Each mask for KV_HEADS over the positions of WHOLE.
 EACH: list[Mask] = [
     Tail(0),
     Tail(13),

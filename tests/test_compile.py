@@ -97,7 +97,7 @@ REST = [
     *(Case(sm, 64, dtype="fp32") for sm in (80, 100)),
     Case(90, 128, dtype="fp16"),
 ]
-ONES = [Case(80, 16, "window & documents", scores=scores, ones=True) for scores in OPTIONS]
+ONES = [Case(80, 8, "window & documents", scores=scores, ones=True) for scores in OPTIONS]
 
 
 class Device:

@@ -123,17 +123,7 @@ def typed(cfg: DictConfig, schema: type[Any] = Root) -> DictConfig:
     """The config merged into its schema with every group checked: unknown keys, targets, types. Raises
     ConfigError.
     """
-    known = set(schema.__dataclass_fields__)
-    for key in cfg:
-        if str(key) not in known:
-            raise ConfigError(f"unknown key '{key!s}'{suggestion(str(key), known)}")
-    for name, section in schema.__dataclass_fields__.items():
-        kind = section.default_factory
-        if isinstance(kind, type) and is_dataclass(kind) and isinstance(cfg.get(name), DictConfig):
-            for key in cfg[name]:
-                if str(key) not in kind.__dataclass_fields__:
-                    known_here = suggestion(str(key), kind.__dataclass_fields__, f"{name}.")
-                    raise ConfigError(f"unknown key '{name}.{key!s}'{known_here}")
+    _check_keys(cfg, schema)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), cfg)
         assert isinstance(merged, DictConfig)
@@ -152,6 +142,24 @@ def typed(cfg: DictConfig, schema: type[Any] = Root) -> DictConfig:
         _check_node(merged[key], str(key))
     OmegaConf.set_readonly(merged, True)
     return merged
+
+
+def _check_keys(cfg: DictConfig, schema: type[Any]) -> None:
+    """The keys of the root and of its sections. Those of a group are its constructor's."""
+    sections = schema.__dataclass_fields__
+    for key in cfg:
+        if str(key) not in sections:
+            raise ConfigError(f"unknown key '{key!s}'{suggestion(str(key), sections)}")
+    for name, section in sections.items():
+        kind = section.default_factory
+        if not (isinstance(kind, type) and is_dataclass(kind)) or name not in cfg:
+            continue
+        if not isinstance(cfg[name], DictConfig):
+            raise ConfigError(f"{name} is {cfg[name]!r}; it holds {', '.join(kind.__dataclass_fields__)}")
+        for key in cfg[name]:
+            if str(key) not in kind.__dataclass_fields__:
+                nearest = suggestion(str(key), kind.__dataclass_fields__, f"{name}.")
+                raise ConfigError(f"unknown key '{name}.{key!s}'{nearest}")
 
 
 def suggestion(word: str, known: Iterable[str], before: str = "") -> str:
@@ -190,8 +198,7 @@ def _found(target: Any, path: str) -> type:
 
 
 def _check_call(node: DictConfig, path: str) -> None:
-    made = _found(node["_target_"], path)
-    call: Callable[..., Any] = made.__init__  # type: ignore[misc]
+    call: Callable[..., Any] = _found(node["_target_"], path).__init__  # type: ignore[misc]
     parameters = {n: p for n, p in inspect.signature(call).parameters.items() if n != "self"}
     hints = get_type_hints(call)
     for key, value in node.items():
@@ -261,7 +268,7 @@ def redacted(cfg: DictConfig) -> dict[str, Any]:
 def redacted_argument(argument: str) -> str:
     """A word of the command line, without the value of a key that looks like a secret."""
     key, equals, _ = argument.partition("=")
-    secret = equals and any(SECRET.search(part) for part in key.split("."))
+    secret = equals and any(SECRET.search(part) for part in key.lstrip("+~").split("."))
     return f"{key}=<redacted>" if secret else argument
 
 
@@ -282,8 +289,12 @@ def hint(error: Exception, overrides: list[str], root: str) -> str:
     """Hydra's complaint in one or two lines, with the nearest key or choice that exists."""
     text = " ".join(str(error).split())
     if isinstance(error, OverrideParseException):
-        return f"cannot read '{error.override}': write key=value, and quotes around a value like \"a,b = [c]\""
-    if found := re.search(r"Could not find '(.+?)/([^/']+)'.*Available options in '.+?': (.*?)( Config |$)", text):
+        return (
+            f"cannot read '{error.override}': write key=value, and quotes around a value like \"a,b = [c]\""
+        )
+    if found := re.search(
+        r"Could not find '(.+?)/([^/']+)'.*Available options in '.+?': (.*?)( Config |$)", text
+    ):
         group, choice, there = found.group(1), found.group(2), found.group(3).split()
         return f"{group}={choice}: there is no such choice{suggestion(choice, there, f'{group}=')}"
     if found := re.search(r"Could not override '([^']+)'", text):

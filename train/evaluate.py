@@ -67,7 +67,11 @@ def evaluate(cfg: DictConfig, launch: Launch) -> int:
 
 
 def _check_numbers(cfg: DictConfig) -> None:
-    counts = {"samples": [cfg.samples or 1], "needles": [cfg.needles], "lengths": list(cfg.lengths or [1])}
+    counts = {
+        "samples": [1 if cfg.samples is None else cfg.samples],
+        "needles": [cfg.needles],
+        "lengths": list(cfg.lengths or [1]),
+    }
     for name, values in counts.items():
         if not values or min(values) < 1:
             raise ConfigError(f"{name} is {cfg[name]}; it must be at least 1")

@@ -155,10 +155,11 @@ def build_model(cfg: DictConfig, data: Dataset, mask: Mask) -> nn.Module:
         raise ValueError(
             f"model.vocab is {vocab}, but the data's tokenizer has {data.vocab} tokens: set model.vocab=null"
         )
+    for name, where in (("mask", "mask"), ("recompute", "memory.recompute")):
+        if name in cfg.model:
+            raise ValueError(f"model.{name} is taken from {where}: set that, and leave model.{name} out")
     torch.manual_seed(cfg.seed)
-    model: nn.Module = made(cfg.model)(
-        vocab=vocab or data.vocab, mask=mask, recompute=cfg.memory.recompute
-    )
+    model: nn.Module = made(cfg.model)(vocab=vocab or data.vocab, mask=mask, recompute=cfg.memory.recompute)
     return model
 
 
@@ -187,7 +188,7 @@ def check_numbers(cfg: DictConfig) -> None:
     }  # fmt: skip
     for name, low in least.items():
         group, key = name.split(".")
-        if cfg[group][key] is not None and cfg[group][key] < low:
+        if cfg[group][key] is not None and not cfg[group][key] >= low:
             raise ValueError(f"{name} is {cfg[group][key]}; it must be at least {low:g}")
     if cfg.train.precision not in ("float32", "bfloat16"):
         raise ValueError(f"train.precision is {cfg.train.precision!r}; it can be float32 or bfloat16")

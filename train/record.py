@@ -78,7 +78,9 @@ def open_folder(folder: Path, config: dict[str, Any], facts: dict[str, Any]) -> 
         "torch": torch.__version__,
         "platform": platform.platform(),
     }
-    write_json(folder / "run.json", {"command": [redacted_argument(a) for a in sys.argv], **versions, **facts})
+    write_json(
+        folder / "run.json", {"command": [redacted_argument(a) for a in sys.argv], **versions, **facts}
+    )
     link = folder.parent / "latest"
     if link.is_symlink() or not link.exists():
         link.unlink(missing_ok=True)

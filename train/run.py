@@ -129,9 +129,13 @@ def _record(job: Job, folder: Path, state: State, shown: Progress) -> Record:
             metrics = Metrics(folder / "metrics.jsonl", resume_step=state.step or None)
         except OSError as error:
             raise OSError(f"run.dir={folder} cannot be written: {error.strerror or error}") from error
-        tracker = made(job.cfg.track)(
-            run_dir=folder, name=folder.name, config=config, resume=state.step > 0, env=env
-        )
+        try:
+            tracker = made(job.cfg.track)(
+                run_dir=folder, name=folder.name, config=config, resume=state.step > 0, env=env
+            )
+        except Exception:
+            metrics.close()
+            raise
         return Record(0, shown, metrics, tracker)
 
     return job.ranks.together(opened)

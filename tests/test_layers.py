@@ -1,0 +1,112 @@
+"""A model's masks by layer: together the heads see the whole context; presets serve models of any size."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from longspan.kernels.heads import Heads, PerHead
+from longspan.kernels.mask import Bound, Causal, Documents, First, Full, Mask, Window, lower, visible
+from longspan.kernels.neighborhood import Neighborhood
+from longspan.kernels.patterns import Shifted, Strided, layered
+from longspan.kernels.span import Span
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "layers", "stride"), [(16, 1, 16), (8, 2, 16), (4, 4, 16), (2, 3, 6), (4, 1, 3), (1, 5, 5)]
+)
+def test_the_heads_of_all_layers_see_the_whole_context(kv_heads: int, layers: int, stride: int) -> None:
+    mask = Strided(2, 1, stride)
+    assert mask.coverage(kv_heads, layers)
+    assert layers == 1 or not mask.coverage(kv_heads, layers - 1)
+    at = (Span(0, 4 * stride),)
+    masks = layered(mask & Causal(), layers, kv_heads)
+    assert len(masks) == layers
+    # as tensor parallelism or Ulysses would split the heads
+    shards = [list(range(kv_heads))[r::2] or [0] for r in range(2)]
+    bound = (Bound(m, tuple(shard), kv_heads) for m in masks for shard in shards)
+    parts = (
+        visible(lower(m, at, at, len(shard), CPU)) for m, shard in zip(bound, shards * layers, strict=True)
+    )
+    union = torch.stack([x.any(1)[0] for x in parts]).any(0)
+    assert torch.equal(union, torch.ones_like(union).tril())
+
+
+def test_layers_shift_each_strided_mask_wherever_it_stands() -> None:
+    strided = Strided(4, 1, 4, offset=2)
+    first, second, third = (
+        Documents((0, 9), (PerHead((strided, Full())) | First(2)) & m) for m in (Causal(),) * 3
+    )
+    assert (first,) * 3 == layered(first, 3, 2)[::2] + (third,)
+    assert layered(first, 2, 2)[1] == Documents(
+        (0, 9), (PerHead((Strided(4, 1, 4, offset=3), Full())) | First(2)) & Causal()
+    )
+    assert second == first
+    for mask in (Causal(), Window(5) | First(2), Documents((0, 7))):
+        assert layered(mask, 3, 2) == (mask,) * 3
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Strided(4, 1, 16, dense_heads=1) & Causal(),
+        (Strided(4, 1, 16) | Heads(0, 1)) & Causal(),
+        PerHead((Causal(), Strided(4, 1, 16))),
+        Documents((0, 9), PerHead((Strided(4, 1, 16), Window(None, 5)))),
+        Strided(4, 1, 1),
+    ],
+    ids=str,
+)
+def test_a_dense_head_is_enough(mask: Mask) -> None:
+    assert len(layered(mask, 2, 2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("mask", "layers", "message"),
+    [
+        (
+            Strided(4, 1, 16) & Causal(),
+            2,
+            "2 of 2 kv heads in 2 layers leave 12 of every 16 blocks unseen.*stride=4",
+        ),
+        (Documents((0, 9), Window(9) | Strided(4, 1, 5)), 8, "leave 1 of every 5 blocks unseen.*stride=4"),
+        (
+            PerHead((Strided(4, 1, 2), Window(3))),
+            4,
+            "1 of 2 kv heads in 4 layers leave 1 of every 2 .*stride=1",
+        ),
+    ],
+)
+def test_a_model_that_leaves_blocks_unseen_is_refused(mask: Mask, layers: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layered(mask, layers, 2)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "mask").glob("*.yaml")), ids=lambda p: p.stem)
+def test_presets_serve_small_and_large_models(path: Path) -> None:
+    mask = instantiate(OmegaConf.load(path))
+    assert isinstance(mask, Mask) and hash(mask) == hash(instantiate(OmegaConf.load(path)))
+    for kv_heads, layers in ((2, 2), (8, 16), (8, 32)):
+        assert len(layered(mask, layers, kv_heads)) == layers
+
+
+def test_masks_take_lists_as_a_config_gives_them() -> None:
+    made = instantiate(
+        {
+            "_target_": "longspan.kernels.heads.PerHead",
+            "_convert_": "all",
+            "masks": [
+                {"_target_": "longspan.kernels.patterns.Shifted", "chunk": 8, "shifts": [0, 4]},
+                {"_target_": "longspan.kernels.neighborhood.Neighborhood", "grid": [4, 4], "window": [3, 1]},
+            ],
+        }
+    )
+    assert made == PerHead((Shifted(8, (0, 4)), Neighborhood((4, 4), (3, 1))))
+    assert hash(made) == hash(
+        PerHead((Shifted(8, (0, 4)), Neighborhood((4, 4), (3, 1), causal=(False, False))))
+    )
