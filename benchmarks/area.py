@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.kernels.mask import Lowered, Mask, Tree, lower
+from longspan.kernels.lower import Lowered, lower
+from longspan.kernels.mask import Mask, Tree
 from longspan.kernels.span import Spans, total
 from longspan.kernels.tile import tiles
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.kernels.attention import attention
-from longspan.kernels.mask import Causal, Documents, Full, Mask, Window, lower, visible
+from longspan.kernels.lower import lower, visible
+from longspan.kernels.mask import Causal, Documents, Full, Mask, Window
 from longspan.kernels.span import Span
 
 

@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longspan.kernels import sdpa
 from longspan.kernels.attention import DEFAULT, Backend, attention
-from longspan.kernels.mask import Causal, Documents, Full, Window, lower, visible
+from longspan.kernels.lower import lower, visible
+from longspan.kernels.mask import Causal, Documents, Full, Window
 from longspan.kernels.neighborhood import Neighborhood, row_major
 from longspan.kernels.span import positions
 

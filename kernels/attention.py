@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import cpu, flash_backward, flash_forward, reference, sdpa
-from .mask import Lowered, Mask, Unsupported, lower
+from .lower import Lowered, lower
+from .mask import Mask, Unsupported
 from .options import AttentionOptions
 from .span import Spans, total
 

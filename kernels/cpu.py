@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mask import Lowered, Mask, Unsupported
+from .lower import Lowered
+from .mask import Mask, Unsupported
 from .options import AttentionOptions
 from .span import Spans
 from .steps import Step, steps

@@ -29,7 +29,8 @@ from .flash_forward import (
     store_tile,
     tanh,
 )
-from .mask import Lowered, Mask
+from .lower import Lowered
+from .mask import Mask
 from .options import AttentionOptions
 from .predicate import operands, visible
 from .span import Spans

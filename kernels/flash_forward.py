@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .mask import Lowered, Mask, Unsupported
+from .lower import Lowered
+from .mask import Mask, Unsupported
 from .options import AttentionOptions
 from .predicate import constant, operands, visible
 from .span import Spans

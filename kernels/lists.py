@@ -20,7 +20,7 @@ class Lists(NamedTuple):
     columns: int
     mixed: Tensor  # int32: columns from mixed cells, those of a row together and ascending
     start: Tensor  # int64 [lines * share]: where those of a row begin in `mixed`
-    count: Tensor  # int64 [lines * share]
+    length: Tensor  # int64 [lines * share]: and how many they are
 
 
 def ranges(found: Cells, transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,6 +33,8 @@ def ranges(found: Cells, transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
     kinds = [view(found, kind) for kind in (FULL, PARTIAL)]
     index = [torch.arange(kinds[0].columns, dtype=torch.int32, device=found.whole.device)]
     full, partial = (_ranges(lists, index) for lists in kinds)
+    if sum(map(len, index)) >= 2**31:
+        raise ValueError(f"{sum(map(len, index))} tiles are more than int32 counts; take larger tiles")
     return full, partial, torch.cat(index)
 
 
@@ -49,7 +51,8 @@ def _by_query(found: Cells, kind: int) -> Lists:
     at = before[:, edges] + (before[:, -1:].cumsum(0) - before[:, -1:])
     return Lists(
         whole=lines, width=1, share=len(hit), groups=batch * heads, rows=found.rows, columns=keys,
-        mixed=key[order].int().expand_as(hit)[hit], start=at[:, :-1].T.flatten(), count=at.diff().T.flatten(),
+        mixed=key[order].int().expand_as(hit)[hit], start=at[:, :-1].T.flatten(),
+        length=at.diff().T.flatten(),
     )  # fmt: skip
 
 
@@ -66,14 +69,14 @@ def _by_key(found: Cells, kind: int) -> Lists:
     column = _spread(block[order].int(), height).view(-1, height)
     return Lists(
         whole=lines, width=height, share=1, groups=batch * heads, rows=keys, columns=found.rows,
-        mixed=column[hit], start=at[:-1], count=at.diff(),
+        mixed=column[hit], start=at[:-1], length=at.diff(),
     )  # fmt: skip
 
 
 def _ranges(lists: Lists, index: list[Tensor]) -> Tensor:
     """Where each row's columns begin and end in the index, to which those that it lacks are added."""
     whole, first, last = _ends(lists)
-    count = whole + lists.count
+    count = whole + lists.length
     loose = (count > 0) & (last - first + 1 != count)
     begin = torch.where(count > 0, first, 0)
     begin[loose] = sum(map(len, index)) + _before(count[loose])
@@ -93,8 +96,8 @@ def _ends(lists: Lists) -> tuple[Tensor, Tensor, Tensor]:
         x.repeat_interleave(lists.share) for x in (count, first, last.clamp(max=lists.columns - 1))
     )
     count.view(lists.groups, -1)[:, lists.rows :] = 0
-    mixed, none, some = pad(lists.mixed, (0, 1)), count == 0, lists.count > 0
-    first_mixed, last_mixed = mixed[lists.start], mixed[lists.start + (lists.count - 1).clamp(min=0)]
+    mixed, none, some = pad(lists.mixed, (0, 1)), count == 0, lists.length > 0
+    first_mixed, last_mixed = mixed[lists.start], mixed[lists.start + (lists.length - 1).clamp(min=0)]
     first = torch.where(some & (none | (first_mixed < first)), first_mixed, first)
     return count, first, torch.where(some & (none | (last_mixed > last)), last_mixed, last)
 
@@ -110,7 +113,7 @@ def _written(lists: Lists, whole: Tensor, loose: Tensor) -> Tensor:
     line = row // lists.share
     held = torch.where(used, whole.view(-1, lists.share)[:, 0], 0)
     start = torch.stack((_before(held)[line], len(column) + lists.start[row]), 1).flatten()
-    count = torch.stack((whole[row], lists.count[row]), 1).flatten()
+    count = torch.stack((whole[row], lists.length[row]), 1).flatten()
     return _pieces(torch.cat((column, lists.mixed)), start[count > 0], count[count > 0])
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import triton
 from torch import Tensor
@@ -15,7 +15,8 @@ from .patterns import same_block
 from .span import Span, Spans, positions
 
 
-class Coordinate(NamedTuple):
+@dataclass(frozen=True)
+class Coordinate:
     """Where positions lie on one axis of a grid: their residue, or else their place among those with it."""
 
     inner: int  # positions a step
@@ -80,7 +81,7 @@ def before_predicate(q, k, h, inner, size, window, dilation, stride):  # type: i
 
 @dataclass(frozen=True)
 class Axis(Leaf):
-    """Within the window along one axis of a grid, of keys whose residue is the query's; see `Neighborhood`."""
+    """Within the window along one axis of a grid, for keys of the same residue; see `Neighborhood`."""
 
     inner: int
     size: int

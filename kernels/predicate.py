@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .mask import Lowered, Tree
+from .lower import Lowered
+from .mask import Tree
 
 LEAF, BOTH, EITHER, DOCUMENTS = (tl.constexpr(i) for i in range(4))
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .mask import Lowered, visible
+from .lower import Lowered, visible
 from .options import AttentionOptions
 
 Pair = tuple[Tensor, Tensor | None]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import flash_backward
-from .mask import Bound, Causal, Full, Lowered, Mask, Unsupported
+from .lower import Lowered
+from .mask import Bound, Causal, Full, Mask, Unsupported
 from .options import AttentionOptions
 from .span import Spans
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .mask import Lowered, Mask, Range, lower, visible
+from .lower import Lowered, lower, visible
+from .mask import Mask, Range
 from .span import Span, Spans, cut, total
 from .tile import classify
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .cells import Grid, cells, held, strips
 from .lists import ranges
-from .mask import Documents, Full, Lowered, Mask, Range, bound_heads, lower, visible
+from .lower import Lowered, lower, visible
+from .mask import Documents, Full, Mask, Range, bound_heads
 from .span import Span, Spans, total
 
 
@@ -81,12 +82,13 @@ def chosen(some: Tensor, every: Tensor) -> Tiles:
     some, every: bool [1 or batch, 1 or kv heads, rows, columns]. `every` must be false of tiles that the end
     of the columns cuts, and of tiles that are not visited.
     """
+    batch, heads, rows, columns = some.shape
     kinds = [x.flatten(0, 2) for x in (every, some & ~every)]
     counts = torch.stack([x.sum(1) for x in kinds])
     ends = counts.flatten().cumsum(0).view_as(counts)
     full, partial = torch.stack((ends - counts, ends), 2).int()
     index = torch.cat([x.nonzero()[:, 1] for x in kinds]).int()
-    return _ordered(*some.shape, full, partial, index)
+    return _ordered(batch, heads, rows, columns, full, partial, index)
 
 
 def _ordered(
@@ -105,23 +107,23 @@ def needed(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, *, tile: int = 1
     return any(bool(strip.whole.any()) or strip.each.numel() > 0 for strip in strips(grid))
 
 
-def area(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, *, tile: int = 128) -> int:
+def area(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, *, tile: int = 64) -> int:
     """Visible (query, key) pairs, summed over the mask's batch rows and averaged over kv heads, rounded
     down.
     """
     if not total(at_q) or not total(at_k):
         return 0
-    low = lower(mask, at_q, at_k, kv_heads, torch.device("cpu"))
-    lists = tiles(mask, at_q, at_k, kv_heads, size=(tile, tile), transpose=False, device=torch.device("cpu"))
-    pairs = 0
-    for row, column, full in listed(lists):
+    cpu = torch.device("cpu")
+    low = lower(mask, at_q, at_k, kv_heads, cpu)
+    lists = tiles(mask, at_q, at_k, kv_heads, size=(tile, tile), transpose=False, device=cpu)
+    pairs, inside = 0, torch.arange(tile)
+    for row, (full, partial) in enumerate(zip(lists.full.tolist(), lists.partial.tolist(), strict=True)):
         group, i = divmod(row, lists.rows)
-        if full:
-            pairs += (min(tile * (i + 1), total(at_q)) - tile * i) * (
-                min(tile * (column + 1), total(at_k)) - tile * column
-            )
-        else:
-            pairs += int(tile_visible(low, group, lists.heads, (i, column), (tile, tile)).sum())
+        q = slice(tile * i, min(tile * (i + 1), total(at_q)))
+        pairs += (q.stop - q.start) * (full[1] - full[0]) * tile
+        if partial[0] < partial[1]:
+            k = (lists.index[slice(*partial)].long()[:, None] * tile + inside).flatten()
+            pairs += int(seen(low, group, lists.heads, q=q, k=k[k < total(at_k)]).sum())
     return pairs // lists.heads
 
 
@@ -136,12 +138,9 @@ def listed(lists: Tiles) -> list[tuple[int, int, bool]]:
     ]
 
 
-def tile_visible(low: Lowered, group: int, heads: int, at: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """The predicate on one tile of one (batch, head) group: bool, broadcast to [size q, size k] (less at the
-    ends).
-    """
+def seen(low: Lowered, group: int, heads: int, *, q: slice, k: Tensor) -> Tensor:
+    """The predicate on some held queries and keys of one (batch, head) group: bool [queries, keys]."""
     row, head = divmod(group, heads)
-    q, k = (slice(i * n, (i + 1) * n) for i, n in zip(at, size, strict=True))
     row = min(row, low.tables_q.shape[1] - 1)
     part = low._replace(
         heads=low.heads[head : head + 1],

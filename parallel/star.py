@@ -51,7 +51,7 @@ def parts(mask: Mask, placement: Placement, kv_heads: int) -> tuple[Parts, ...]:
         queries = cut(spans, 0, found[r].context)
         for s, theirs in enumerate(placement.spans_by_rank):
             rest = cut(theirs, found[s].anchor, total(theirs))
-            # span by span: a tile over the end of the context and the tail would have the bounds of everything
+            # span by span: a tile over the end of the context and the tail would be bounded by everything
             pairs = ((one, other) for one in queries for other in rest) if s != r else ()
             if any(needed(mask, (one,), (other,), kv_heads, tile=star.block) for one, other in pairs):
                 raise Unsupported(

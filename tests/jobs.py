@@ -5,6 +5,7 @@ comparison.
 import hashlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,15 +135,23 @@ def whole(rank: int, cfg: DictConfig, strike: tuple[int, int, int] | None = None
     """
     if strike is not None and rank == strike[1]:
         path = Path(cfg.run.dir) / "metrics.jsonl"
-        Thread(target=when_reached, args=(path, strike[2], os.getpid(), strike[0]), daemon=True).start()
+        Thread(target=strike_at, args=(path, strike[2], os.getpid(), strike[0]), daemon=True).start()
     return train(cfg, launch_of(rank))
 
 
-def when_reached(path: Path, step: int, pid: int, number: int) -> None:
-    """Sends a signal when the file has a line for each step up to `step`."""
-    while not path.exists() or path.read_bytes().count(b"\n") < step:
-        time.sleep(0.002)
+def strike_at(path: Path, step: int, pid: int, number: int) -> None:
+    """Sends a process a signal when metrics.jsonl holds a step."""
+    wait_for(path, step)
     os.kill(pid, number)
+
+
+def wait_for(path: Path, step: int, process: subprocess.Popen[bytes] | None = None) -> None:
+    """Returns when metrics.jsonl holds a step. TimeoutError after 100 s, or if the process ends before."""
+    end = time.monotonic() + 100
+    while not path.exists() or path.read_bytes().count(b"\n") < step:
+        if time.monotonic() > end or (process is not None and process.poll() is not None):
+            raise TimeoutError(f"step {step} was not reached")
+        time.sleep(0.002)
 
 
 def values(rows: Sequence[Mapping[str, float]], *names: str) -> Tensor:

@@ -12,20 +12,8 @@ from torch import Tensor
 import masks
 from longspan.kernels.cells import held
 from longspan.kernels.heads import Heads, PerHead
-from longspan.kernels.mask import (
-    And,
-    Bound,
-    Causal,
-    Documents,
-    First,
-    Full,
-    Mask,
-    Or,
-    Range,
-    Window,
-    lower,
-    visible,
-)
+from longspan.kernels.lower import lower, visible
+from longspan.kernels.mask import And, Bound, Causal, Documents, First, Full, Mask, Or, Range, Window
 from longspan.kernels.neighborhood import Frames, FrameTiles, Neighborhood
 from longspan.kernels.patterns import Anchored, BlockPermutation, Chunks, Shifted, Strided, Tail
 from longspan.kernels.span import Span, Spans, bounds, total

@@ -14,7 +14,8 @@ from triton.backends.compiler import GPUTarget
 
 from longspan.kernels import mask as masks
 from longspan.kernels.heads import either
-from longspan.kernels.mask import Mask, lower
+from longspan.kernels.lower import lower
+from longspan.kernels.mask import Mask
 from longspan.kernels.neighborhood import Neighborhood
 from longspan.kernels.predicate import constant, operands, visible
 from longspan.kernels.span import Span

@@ -13,7 +13,8 @@ from longspan.kernels.attention import (
     forward,
     nothing,
 )
-from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Window, lower, visible
+from longspan.kernels.lower import lower, visible
+from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Window
 from longspan.kernels.span import Span, Spans, cut
 from masks import Phase
 from oracle import (

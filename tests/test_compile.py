@@ -23,7 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from longspan.kernels import flash_backward, flash_forward
-from longspan.kernels.mask import Causal, Documents, Mask, Window, lower
+from longspan.kernels.lower import lower
+from longspan.kernels.mask import Causal, Documents, Mask, Window
 from longspan.kernels.neighborhood import Neighborhood
 from longspan.kernels.options import AttentionOptions
 from longspan.kernels.patterns import Strided

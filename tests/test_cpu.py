@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from longspan.kernels.attention import AttentionOptions, Unsupported, attention
-from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Window, lower, visible
+from longspan.kernels.lower import lower, visible
+from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Window
 from longspan.kernels.span import Span, Spans, total
 from longspan.kernels.steps import steps
 from longspan.kernels.tile import area

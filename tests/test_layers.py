@@ -8,7 +8,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from longspan.kernels.heads import Heads, PerHead
-from longspan.kernels.mask import Bound, Causal, Documents, First, Full, Mask, Window, lower, visible
+from longspan.kernels.lower import lower, visible
+from longspan.kernels.mask import Bound, Causal, Documents, First, Full, Mask, Window
 from longspan.kernels.neighborhood import Neighborhood
 from longspan.kernels.patterns import Shifted, Strided, layered
 from longspan.kernels.span import Span

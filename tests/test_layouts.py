@@ -20,7 +20,8 @@ from world import Worlds
 
 RINGS = ["ring/contiguous", "ring/zigzag", "ring/striped"]
 LAYOUTS = [
-    *RINGS, "gather/zigzag", "gather1/striped", "ulysses", "ulysses2", "usp/zigzag", "s2/contiguous", "s2-4/striped",
+    *RINGS, "gather/zigzag", "gather1/striped", "ulysses", "ulysses2", "usp/zigzag", "s2/contiguous",
+    "s2-4/striped",
 ]  # fmt: skip
 HEADS = [(4, 4), (8, 2), (4, 1), (5, 5)]
 LENGTHS = [48, 61, 63]
@@ -59,7 +60,7 @@ def masks(batch: int) -> list[Mask]:
 def cells(size: int) -> list[Cell]:
     """Every mask under every placement; heads, lengths and batches rotate so that each pair of them meets."""
     turns = itertools.cycle(itertools.product(HEADS, LENGTHS, (1, 2)))
-    grid = []
+    grid: list[Cell] = []
     for layout, i in itertools.product(LAYOUTS, range(len(masks(1)))):
         for _ in range(2 if size == 2 else 1):
             heads, length, batch = next(turns)

@@ -5,18 +5,8 @@ from random import Random
 import pytest
 import torch
 
-from longspan.kernels.mask import (
-    UNLIMITED,
-    Bound,
-    Causal,
-    Documents,
-    First,
-    Full,
-    Mask,
-    Window,
-    lower,
-    visible,
-)
+from longspan.kernels.lower import lower, visible
+from longspan.kernels.mask import UNLIMITED, Bound, Causal, Documents, First, Full, Mask, Window
 from longspan.kernels.span import Span, Spans, total
 from masks import Phase, matrix, random_mask, random_spans, sees
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.kernels.mask import Documents, lower
+from longspan.kernels.lower import lower
+from longspan.kernels.mask import Documents
 from longspan.kernels.neighborhood import Neighborhood, brick_order, row_major
 from longspan.kernels.patterns import BlockPermutation
 from longspan.kernels.span import Span, positions

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.kernels import cells
+from longspan.kernels import cells, tile
 from longspan.kernels.cells import held
-from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Range, Window, lower
+from longspan.kernels.lower import lower
+from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Range, Window
 from longspan.kernels.span import Span, Spans, bounds, total
-from longspan.kernels.tile import Tiles, area, chosen, classify, listed, needed, pairs, tile_visible, tiles
+from longspan.kernels.tile import Tiles, area, chosen, classify, listed, needed, pairs, tiles
 from masks import Phase, matrix, random_mask, random_spans
 
 CPU = torch.device("cpu")
@@ -211,16 +212,18 @@ def test_needed_is_false_where_a_hop_has_nothing_to_see() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_tile_visible_is_the_predicate_on_that_tile(seed: int) -> None:
+def test_seen_is_the_predicate_on_that_tile(seed: int) -> None:
     draw = Random(seed)
     mask, size = random_mask(draw, 40, batch=2), (6, 9)
     q, k = random_spans(draw, 40), random_spans(draw, 40)
     low = lower(mask, q, k, KV_HEADS, CPU)
     lists = tiles(mask, q, k, KV_HEADS, size=size, transpose=False, device=CPU)
-    seen = truth(mask, q, k)
+    whole = truth(mask, q, k)
     for row, column, _ in listed(lists):
         group, i = divmod(row, lists.rows)
-        own = seen[group // lists.heads, group % lists.heads]
+        own = whole[group // lists.heads, group % lists.heads]
         own = own[i * size[0] : (i + 1) * size[0], column * size[1] : (column + 1) * size[1]]
-        assert torch.equal(tile_visible(low, group, lists.heads, (i, column), size), own)
-    assert seen.shape[2:] == (total(q), total(k))
+        rows = slice(i * size[0], (i + 1) * size[0])
+        keys = torch.arange(column * size[1], min((column + 1) * size[1], total(k)))
+        assert torch.equal(tile.seen(low, group, lists.heads, q=rows, k=keys), own)
+    assert whole.shape[2:] == (total(q), total(k))

@@ -30,7 +30,7 @@ from jobs import (
     run,
     together,
     values,
-    when_reached,
+    wait_for,
     whole,
 )
 from longspan.kernels.mask import Mask
@@ -103,6 +103,22 @@ def assert_same_tokens(got: Tensor, want: Tensor) -> None:
 def test_a_ring_trains_as_one_process(once: Once, size: int, placement: str, pack: str) -> None:
     packing = f"data.pack={str(pack == 'packed').lower()}"
     assert_same(once(size, *ring(placement, packing)), once(1, "parallel=single", packing))
+
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+LAYOUTS = sorted({path.stem for path in (CONF / "parallel").glob("*.yaml")} - {"single", "ring"})
+# masks that these layouts are made for, at the size of the test
+MASKS = {
+    "s2": ("mask=s2", "mask.left.block=16", "mask.left.local=2", "mask.left.stride=2"),
+    "star": ("mask=star", "mask.left.block=32", "mask.left.anchor=32", "mask.left.context=192"),
+}
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS)
+def test_every_layout_trains_as_one_process(once: Once, parallel: str) -> None:
+    short = (*MASKS.get(parallel, ("mask=causal",)), "train.steps=5")
+    size = 4 if parallel == "usp" else 2
+    assert_same(once(size, f"parallel={parallel}", *short), once(1, "parallel=single", *short))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +316,8 @@ def test_killed_at_any_step_and_resumed_twice(world: Worlds, once: Once, cache: 
     # one thread, as the ranks of a world have
     environment = os.environ | {"LOCAL_WORLD_SIZE": str(len(os.sched_getaffinity(0)))}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
-        when_reached(tmp_path / "metrics.jsonl", 5, process.pid, signal.SIGKILL)
+        wait_for(tmp_path / "metrics.jsonl", 5, process)
+        process.kill()
     assert process.returncode == -signal.SIGKILL
     assert 5 <= len(told(tmp_path)) < STEPS
     with pytest.raises(RankFailed, match="died with exit code -9"):
@@ -366,3 +383,43 @@ def test_a_diverged_run_stops_and_leaves_the_weights(world: Worlds, cache: str, 
         assert said.startswith(f"step {steps + 1}: loss ") and "nan" in said
         assert stayed and not same_as_first and steps >= 1
     assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def workers(launcher: int) -> list[int]:
+    """The processes that torchrun has started, by rank."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children")
+    found = {}
+    for pid in map(int, children.read_text().split()):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks = [line[5:] for line in environment if line.startswith(b"RANK=")]
+        found.update({int(rank): pid for rank in ranks})
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's workers in /proc")
+def test_torchrun_killed_preempted_and_resumed(once: Once, cache: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = [cache, *ring("zigzag", "data.pack=true"), f"run.dir={run_dir}", "eval.final=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        *torchrun,
+        "-m",
+        "longspan.train",
+        "experiment=tiny",
+        "track=none",
+        "checkpoint.every=3",
+        *words,
+    ]
+    metrics, said = run_dir / "metrics.jsonl", tmp_path / "said"
+    for number, step, rank in ((signal.SIGKILL, 4, 1), (signal.SIGUSR1, 9, 1), (signal.SIGKILL, 14, 0)):
+        with open(said, "w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
+            wait_for(metrics, step, process)
+            os.kill(workers(process.pid)[rank], number)
+            assert process.wait(60) != 0
+        if number == signal.SIGUSR1:
+            assert status(run_dir)["exit"] == 75
+            assert "stopped by a signal after saving: start it again to go on" in said.read_text()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    straight = once(2, *ring("zigzag", "data.pack=true"))[0].rows
+    assert values(told(run_dir), *EXACT).equal(values(straight, *EXACT))

@@ -18,7 +18,8 @@ from longspan.kernels import flash_backward, flash_forward, reference
 from longspan.kernels.attention import combine, row_delta
 from longspan.kernels.flash_forward import Block
 from longspan.kernels.heads import PerHead
-from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Unsupported, Window, lower
+from longspan.kernels.lower import lower
+from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Unsupported, Window
 from longspan.kernels.neighborhood import FrameTiles, Neighborhood
 from longspan.kernels.options import AttentionOptions
 from longspan.kernels.patterns import Anchored, BlockPermutation, Shifted, Strided

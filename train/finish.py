@@ -88,7 +88,7 @@ def draw(loop: Loop, folder: Path, found: HeldOut | None, sent: np.ndarray, othe
     runs = [[(s.start, s.length, s.run, s.step) for s in spans] for spans in placement.spans_by_rank]
     made["layout"] = layout_picture(
         folder / "layout.png", spans_by_rank=runs, length=length, tiles=mask_grid(job, length), sent=sent,
-        title=f"{type(job.layout).__name__.lower()} over {job.layout.size} rank(s), one layer, forward and backward",
+        title=f"{type(job.layout).__name__.lower()} over {job.layout.size} rank(s), a layer, both passes",
         mask=repr(job.mask),
     )  # fmt: skip
     for name, path in made.items():

@@ -142,7 +142,7 @@ def build_layout(cfg: DictConfig, launch: Launch, device: torch.device) -> tuple
     if layout.size != split:
         raise ValueError(
             f"parallel.mesh splits a sequence over {split} ranks (ring {mesh['ring'].size()} x head "
-            f"{mesh['head'].size()}), but parallel.layout {type(layout).__name__} uses {layout.size} of them: "
+            f"{mesh['head'].size()}), but parallel.layout {type(layout).__name__} uses {layout.size}: "
             f"set the degree of the axis that it does not use to 1, or take parallel=usp, which uses both"
         )
     return mesh, layout

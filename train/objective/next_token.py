@@ -15,7 +15,7 @@ class NextToken(nn.Module):
     def __init__(self, model: GPT, *, chunk: int = 4096, z_loss: float = 0.0) -> None:
         super().__init__()
         if chunk < 1 or z_loss < 0:
-            raise ValueError(f"objective.chunk is {chunk}, z_loss {z_loss}; they need chunk >= 1, z_loss >= 0")
+            raise ValueError(f"objective.chunk is {chunk}, z_loss {z_loss}; chunk >= 1 and z_loss >= 0")
         self.model, self.chunk, self.z_loss = model, chunk, z_loss
 
     def hidden(self, part: Shard, attend: Attend) -> Tensor:
