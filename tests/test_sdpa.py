@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longspan.kernels import sdpa
 from longspan.kernels.attention import attention, backward, chosen, forward, row_delta
-from longspan.kernels.mask import Causal, First, Full, Mask, Unsupported, Window, lower, visible
+from longspan.kernels.lower import lower, visible
+from longspan.kernels.mask import Causal, First, Full, Mask, Unsupported, Window
 from longspan.kernels.options import AttentionOptions
 from longspan.kernels.span import Span, Spans, total
 from oracle import distance, inputs
@@ -122,10 +123,8 @@ def test_the_operators_take_what_they_are_given(
     order = {"dense": (0, 1, 2, 3), "heads first": (0, 2, 1, 3), "transposed": (0, 3, 2, 1)}[view]
     with FakeTensorMode():
         shapes = [(2, 40, 8, 72), (2, 24, 2, 72)]
-        q, k = (
-            torch.empty([s[i] for i in order], dtype=torch.bfloat16, device="cuda").permute(order)
-            for s in shapes
-        )
+        empty = (torch.empty([s[i] for i in order], dtype=torch.bfloat16, device="cuda") for s in shapes)
+        q, k = (x.permute(order) for x in empty)
         assert q.shape == shapes[0] and k.shape == shapes[1]
         at = (Span(24, 40),), (Span(0, 24),)
         given = (q, k, k), (Causal(), None, *at, AttentionOptions(), operator)
