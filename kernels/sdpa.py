@@ -71,7 +71,7 @@ def backward(
     if (operator or preferred(q)) == "cudnn":
         seed, offset = (torch.empty((), dtype=torch.int64, device=q.device) for _ in range(2))
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, out, lse[..., None], seed, offset, None, None, None, *lengths, 0.0, causal,
+            dout, q, k, v, out, lse.unsqueeze(3), seed, offset, None, None, None, *lengths, 0.0, causal,
             scale=scale,
         )  # fmt: skip
     else:

@@ -12,16 +12,15 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from longspan.kernels import mask as masks
+from longspan.kernels import lower as lowered
 from longspan.kernels.heads import either
-from longspan.kernels.lower import lower
 from longspan.kernels.mask import Mask
 from longspan.kernels.neighborhood import Neighborhood
 from longspan.kernels.predicate import constant, operands, visible
 from longspan.kernels.span import Span
 from patterns import EACH
 
-HEADS, TOKENS = 4, 60
+HEADS = 4
 AT = (Span(3, 30), Span(40, 20))
 
 
@@ -34,9 +33,9 @@ def visible_kernel(OUT, mask, NQ, NK, TREE: tl.constexpr, BM: tl.constexpr, BN: 
 
 
 def arguments(mask: Mask) -> tuple[torch.Tensor, tuple[Any, ...]]:
-    low = lower(mask, AT, AT, HEADS, torch.device("cpu"))
+    low = lowered.lower(mask, AT, AT, HEADS, torch.device("cpu"))
     out = torch.full((HEADS, len(low.q), len(low.k)), -1, dtype=torch.int8)
-    return masks.visible(low), (out, operands(low), len(low.q), len(low.k), constant(low.tree), 64, 64)
+    return lowered.visible(low), (out, operands(low), len(low.q), len(low.k), constant(low.tree), 64, 64)
 
 
 def interpret() -> None:

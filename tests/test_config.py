@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,10 @@ def config(*overrides: str, root: str = "train", schema: type | None = None) -> 
 
 def some() -> list[tuple[str, str, str]]:
     """Every experiment, parallel and mask at least once."""
-    groups = [choices(group) for group in ("experiment", "parallel", "mask")]
-    return [tuple(names[i % len(names)] for names in groups) for i in range(max(map(len, groups)))]
+    experiments, layouts, masks = (choices(group) for group in ("experiment", "parallel", "mask"))
+    count = max(len(experiments), len(layouts), len(masks))
+    both = zip(cycle(experiments), cycle(layouts), cycle(masks), strict=True)
+    return list(islice(both, count))
 
 
 @pytest.mark.parametrize(("experiment", "parallel", "mask"), some())
@@ -393,11 +395,13 @@ def test_help_fits_a_page_and_has_five_commands(say: Say) -> None:
 def test_cfg_job_prints_a_config_that_is_right(say: Say) -> None:
     code, out, err = say(train_main, "experiment=tiny", "train.steps=7", "--cfg", "job")
     assert (code, err) == (0, "")
-    assert typed(OmegaConf.create(out)) == config("experiment=tiny", "train.steps=7")
+    assert typed(DictConfig(OmegaConf.create(out))) == config("experiment=tiny", "train.steps=7")
     for main, root, schema in ((sample_main, "sample", Sampling), (evaluate_main, "evaluate", Evaluation)):
         code, out, err = say(main, "run.dir=x", "--cfg", "job")
         assert (code, err) == (0, "")
-        assert typed(OmegaConf.create(out), schema) == config("run.dir=x", root=root, schema=schema)
+        assert typed(DictConfig(OmegaConf.create(out)), schema) == config(
+            "run.dir=x", root=root, schema=schema
+        )
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def run(case: Case, device: str) -> Errors:
     q, k, v, dout = (torch.randn(s, device=device).to(DTYPES[case.dtype]) for s in shapes)
     dlse = torch.randn(case.batch, hq, n, device=device)
     low = lower(mask, at, at_k, hk, q.device)
-    exact: Any = [x.double() for x in (q, k, v)]
+    exact = q.double(), k.double(), v.double()
     out, lse = reference.forward(*exact, low, case.options)
     delta = row_delta(dout.double(), out, lse, dlse)
     grads = reference.backward(dout.double(), delta, *exact, lse, low, case.options)
@@ -261,13 +261,13 @@ def test_torch_operators_merge_to_the_whole_and_hand_over_what_they_cannot(stopp
     for keys, at in ((slice(0, 320), (Span(0, 320),)), (slice(320, 640), own)):
         low = lower(Causal(), own, at, HEADS[1], q.device)
         shards.append((k[:, keys], v[:, keys], (Causal(), low, own, at, options)))
-    out, lse = combine(*(sdpa.forward(q, *kv, *where) for *kv, where in shards))
+    out, lse = combine(*(sdpa.forward(q, a, b, *where) for a, b, where in shards))
     delta = row_delta(dout, out, lse, dlse)
-    got = [sdpa.backward(dout, delta, q, *kv, lse, *where) for *kv, where in shards]
+    got = [sdpa.backward(dout, delta, q, a, b, lse, *where) for a, b, where in shards]
     dq, dk, dv = zip(*got, strict=True)
 
     low = lower(Causal(), own, (Span(0, 640),), HEADS[1], q.device)
-    exact: Any = [x.double() for x in (q, k, v)]
+    exact = q.double(), k.double(), v.double()
     right = reference.forward(*exact, low, options)
     delta = row_delta(dout.double(), *right, dlse)
     want = reference.backward(dout.double(), delta, *exact, right[1], low, options)

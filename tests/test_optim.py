@@ -67,14 +67,15 @@ def test_only_matrices_that_are_no_embedding_decay(tied: bool) -> None:
 
 
 def test_the_decay_falls_on_its_group_alone() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Embedding(4, 3))
+    matrix, table = nn.Linear(3, 3), nn.Embedding(4, 3)
+    model = nn.Sequential(matrix, table)
     for p in model.parameters():
         nn.init.ones_(p)
         p.grad = torch.zeros_like(p)
     Optim(AdamW, 0.1, weight_decay=0.5).build(model).step()
-    assert model[0].weight.flatten().tolist() == pytest.approx([0.95] * 9)
-    assert model[0].bias.tolist() == [1.0] * 3
-    assert model[1].weight.flatten().tolist() == [1.0] * 12
+    assert matrix.weight.flatten().tolist() == pytest.approx([0.95] * 9)
+    assert matrix.bias.tolist() == [1.0] * 3
+    assert table.weight.flatten().tolist() == [1.0] * 12
 
 
 def test_a_model_without_matrices_has_one_group() -> None:

@@ -23,9 +23,9 @@ from longspan.train.config import made, typed
 from longspan.train.job import build_model
 from longspan.train.sample import Cache, Sampling, choose, generate, logits, quoted, sample
 from longspan.train.trained import config_of, load_weights
-from world import RankFailed, Worlds
+from world import Worlds
 
-VOCAB, LENGTH = 17, 40
+VOCAB, LENGTH = 17, 26
 SINKS = And(Causal(), Or(Window(left=5, right=0), First(2)))
 
 
@@ -62,9 +62,9 @@ def settings(**changed: Any) -> DictConfig:
 @pytest.mark.parametrize(
     "mask", [Causal(), Window(left=6, right=0), SINKS], ids=["causal", "window", "sinks"]
 )
-@pytest.mark.parametrize("begin", [0, 13])
+@pytest.mark.parametrize("begin", [0, 7])
 @pytest.mark.parametrize(
-    "pieces", [[1] * LENGTH, [LENGTH], [9, 1, 1, 12, 1, 16]], ids=["each", "whole", "mixed"]
+    "pieces", [[1] * LENGTH, [LENGTH], [9, 1, 1, 8, 1, 6]], ids=["each", "whole", "mixed"]
 )
 def test_the_cache_gives_what_the_full_forward_gives(mask: Mask, begin: int, pieces: list[int]) -> None:
     made, ids = model(mask), text()
@@ -186,15 +186,17 @@ def spoken(rank: int, folder: Path, prompt: str, tokens: int) -> tuple[str, str]
     return printed.getvalue(), prompt + data.decode(ids[len(data.encode(prompt)) :]) + "\n"
 
 
+def unspoken(rank: int, folder: Path) -> str:
+    with pytest.raises(ValueError) as caught:
+        spoken(rank, folder, "", 12)
+    return str(caught.value)
+
+
 def test_a_trained_run_speaks(world: Worlds, tmp_path: Path) -> None:
     run = tmp_path / "run"
     small = ("parallel=single", f"data.cache={tmp_path / 'cache'}", "train.steps=3", "eval.final=0")
     assert world(1)(whole, config(*small, f"run.dir={run}", "optim.lr=3e-2")) == [0]
     printed, want = world(1)(spoken, run, "def main(é", 12)[0]
     assert printed == want and printed.startswith("def main(é")
-    with pytest.raises(RankFailed, match="ValueError: prompt is empty; give at least one character"):
-        world(1)(spoken, run, "", 12)
-    with pytest.raises(
-        RankFailed, match=r"FileNotFoundError: run.dir=.*holds no config.yaml; give the folder"
-    ):
-        world(1)(spoken, tmp_path / "nowhere", "a", 12)
+    said = world(1)(unspoken, run)[0]
+    assert said == "prompt is empty; give at least one character"

@@ -34,6 +34,7 @@ from jobs import (
     whole,
 )
 from longspan.kernels.mask import Mask
+from longspan.models.gpt import GPT
 from longspan.parallel.layout import Layout
 from longspan.parallel.placement import Placement
 from longspan.train import loop as loops
@@ -52,6 +53,8 @@ Once = Callable[..., list[Ran]]
 COUNTED = ("step", "lr", "tokens", "valid")
 EXACT = (*COUNTED, "loss", "grad_norm")
 STEPS = 20
+# cells of the first test that are run by `make test-all` alone
+MORE = {(2, "contiguous", "unpacked"), (4, "contiguous", "unpacked"), (3, "zigzag", "unpacked")}
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +100,16 @@ def assert_same_tokens(got: Tensor, want: Tensor) -> None:
     assert worst.max() < 2e-5, f"token {int(worst.amax(0).argmax())} is off by {float(worst.max())} nats"
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("placement", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("pack", ["packed", "unpacked"])
+CELLS = [
+    pytest.param(
+        size, placement, pack, marks=[pytest.mark.slow] if (size, placement, pack) in MORE else [],
+        id=f"{placement} {size} {pack}",
+    )
+    for pack in ("packed", "unpacked") for placement in ("contiguous", "zigzag") for size in (2, 3, 4)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "placement", "pack"), CELLS)
 def test_a_ring_trains_as_one_process(once: Once, size: int, placement: str, pack: str) -> None:
     packing = f"data.pack={str(pack == 'packed').lower()}"
     assert_same(once(size, *ring(placement, packing)), once(1, "parallel=single", packing))
@@ -125,12 +135,11 @@ def test_every_layout_trains_as_one_process(once: Once, parallel: str) -> None:
     ("size", "overrides"),
     [
         (1, ("parallel=single", "train.accumulate=2")),
-        (2, ("parallel=single",)),
         (2, ring("zigzag", "parallel.mesh.dp=2", "parallel.mesh.ring=1")),
         (4, ring("zigzag", "parallel.mesh.dp=2", "parallel.mesh.ring=2")),
         (2, ring("contiguous", "train.accumulate=2")),
     ],
-    ids=["accumulate", "dp2", "dp2 ring1", "dp2 ring2", "ring2 accumulate"],
+    ids=["accumulate", "dp2 ring1", "dp2 ring2", "ring2 accumulate"],
 )
 def test_a_step_is_the_same_however_it_is_cut(once: Once, size: int, overrides: tuple[str, ...]) -> None:
     one = once(1, "parallel=single", "data.pack=true")
@@ -144,16 +153,16 @@ def test_recomputed_activations_change_nothing(once: Once) -> None:
 
 
 def test_bfloat16_trains_like_float32(once: Once) -> None:
-    exact = values(once(1, "parallel=single", "data.pack=true")[0].rows, "loss")
-    for size, layout in ((1, ("parallel=single",)), (2, ring())):
-        losses = values(once(size, *layout, "train.precision=bfloat16")[0].rows, "loss")
-        assert 1e-5 < furthest(losses, exact) < 1e-2
+    exact = values(once(2, *ring("zigzag", "data.pack=true"))[0].rows, "loss")
+    losses = values(once(2, *ring("zigzag", "train.precision=bfloat16"))[0].rows, "loss")
+    assert 1e-5 < furthest(losses, exact) < 1e-2
 
 
 def plain(cfg: DictConfig) -> list[Row]:
     """The same training with nothing but torch: dense masks, its own attention, loss and AdamW."""
     data = made(cfg.data)
     model = build_model(cfg, data, made(cfg.mask))
+    assert isinstance(model, GPT)
     flat = [p for n, p in model.named_parameters() if p.ndim < 2 or n == "embed.weight"]
     deep = [p for n, p in model.named_parameters() if p.ndim == 2 and n != "embed.weight"]
     groups = [{"params": deep, "weight_decay": 0.1}, {"params": flat, "weight_decay": 0.0}]
@@ -166,8 +175,8 @@ def plain(cfg: DictConfig) -> list[Row]:
         seen = (document[:, :, None] == document[:, None, :]) & (at[:, None] >= at)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, seen: Tensor = seen) -> Tensor:
-            swapped = (x.transpose(1, 2) for x in (q, k, v))
-            out = F.scaled_dot_product_attention(*swapped, attn_mask=seen[:, None], enable_gqa=True)
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=True)
             return out.transpose(1, 2)
 
         logits = model.head(model(batch.tokens, at, attend))
@@ -209,7 +218,7 @@ def test_ranks_with_different_numbers_of_valid_tokens(
     if not corpus.exists():
         write_documents(corpus)
     data = ("data=text", f"data.path={corpus}", "data.context=61", "data.pack=false", "data.held_out=0.2")
-    short = (*data, "train.steps=8", "optim.warmup=2")
+    short = (*data, "train.steps=6", "optim.warmup=2")
     sequences = 6 if "parallel=single" in layout else 2
     one = once(1, "parallel=single", *short, f"train.micro_batch={sequences}")
     # else the test shows nothing
@@ -263,14 +272,13 @@ def test_two_resumes_on_the_same_ranks_are_bit_equal(
 ) -> None:
     straight = once(size, *layout, "data.pack=true")
     cfg = config(cache, *layout, "data.pack=true")
-    parts = [world(size)(run, cfg, tmp_path, stop) for stop in (6, 11, None)]
+    parts = [world(size)(run, cfg, tmp_path, stop) for stop in (6, 9, 13)]
     for rank, whole_run in enumerate(straight):
         pieces = [part[rank] for part in parts]
-        assert [len(p.rows) for p in pieces] == [6, 5, 9]
+        assert [len(p.rows) for p in pieces] == [6, 3, 4]
         rows = [row for p in pieces for row in p.rows]
-        assert values(rows, *EXACT).equal(values(whole_run.rows, *EXACT))
-        assert [t for p in pieces for t in p.taken] == whole_run.taken
-        assert pieces[-1].losses.equal(whole_run.losses)
+        assert values(rows, *EXACT).equal(values(whole_run.rows[:13], *EXACT))
+        assert [t for p in pieces for t in p.taken] == [t for t in whole_run.taken if t.step < 13]
 
 
 def test_a_resume_on_other_ranks_goes_on_with_the_same_samples(
@@ -288,10 +296,18 @@ def test_a_resume_on_other_ranks_goes_on_with_the_same_samples(
         assert_same(rest, once(1, "parallel=single", "data.pack=true"), since=6)
 
 
+def refused(rank: int, cfg: DictConfig, folder: Path) -> str:
+    """What `run` says when it raises a ValueError."""
+    with pytest.raises(ValueError) as caught:
+        run(rank, cfg, folder)
+    return str(caught.value)
+
+
 def test_other_data_is_refused_on_resume(world: Worlds, cache: str, tmp_path: Path) -> None:
     world(1)(run, config(cache, "parallel=single"), tmp_path, 2)
-    with pytest.raises(RankFailed, match=r"ValueError: resume: the data is not the one .*its hash differs"):
-        world(1)(run, config(cache, "parallel=single", "data.min_bytes=16384"), tmp_path)
+    for word in ("seed=1", "data.context=128", "data.pack=false"):
+        said = world(1)(refused, config(cache, "parallel=single", word), tmp_path)[0]
+        assert said.startswith("resume: the data is not the one that the checkpoint was trained on (its hash")
 
 
 def told(folder: Path) -> list[Row]:
