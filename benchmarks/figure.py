@@ -6,12 +6,14 @@ from typing import Any
 
 from .cases import OURS
 from .peers import Contender
-from .report import Entry, Results
+from .report import Entry, Results, Unit
 
 
-def draw(results: Results, contenders: Sequence[Contender], path: Path, device: str) -> Path:
-    """Write a PNG: TFLOP/s over visible pairs, forward and backward, and for sparse masks the speed of
-    our own over the best dense peer, with the ideal as an outline.
+def draw(
+    results: Results, contenders: Sequence[Contender], path: Path, device: str, unit: Unit
+) -> Path:  # fmt: skip
+    """Write a PNG: rates over visible pairs, forward and backward, and for sparse masks the speed of our own
+    over the best dense peer, with the ideal as an outline.
     """
     import matplotlib
 
@@ -27,7 +29,7 @@ def draw(results: Results, contenders: Sequence[Contender], path: Path, device: 
     names = [x.name for x in contenders if any(x.name in entry.measured() for entry in entries)]
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 1.5 + 0.2 * len(entries) * (len(names) + 1)))
     for axis, side in zip(axes, ("forward", "backward"), strict=False):
-        _rates(axis, entries, names, side)
+        _rates(axis, entries, names, side, unit)
     _speeds(axes[2], results, entries)
     dtype = str(first.dtype).removeprefix("torch.")
     figure.suptitle(f"{device}, {first.tokens} tokens, {first.shape} heads, {dtype}")
@@ -38,13 +40,13 @@ def draw(results: Results, contenders: Sequence[Contender], path: Path, device: 
     return path
 
 
-def _rates(axis: Any, entries: Sequence[Entry], names: Sequence[str], side: str) -> None:
+def _rates(axis: Any, entries: Sequence[Entry], names: Sequence[str], side: str, unit: Unit) -> None:
     step = 0.8 / max(1, len(names))
     for i, name in enumerate(names):
         have = [(at, e, e.measured()[name]) for at, e in enumerate(entries) if name in e.measured()]
-        heights = [getattr(e.tflops(found), side) for _, e, found in have]
+        heights = [unit.factor * getattr(e.tflops(found), side) for _, e, found in have]
         axis.barh([at + (i + 0.5) * step - 0.4 for at, _, _ in have], heights, step, label=name)
-    _label(axis, entries, f"{side}, TFLOP/s over visible pairs")
+    _label(axis, entries, f"{side}, {unit.name} over visible pairs")
 
 
 def _speeds(axis: Any, results: Results, entries: Sequence[Entry]) -> None:

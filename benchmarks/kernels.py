@@ -189,9 +189,9 @@ def main(given: Sequence[str] | None = None) -> int:
     bench = Bench(device, clock, contenders(device), start + args.budget, args.seconds, args.rounds)
     settings = {
         "budget_s": args.budget, "case": args.case, "statistic": clock.statistic, "threads": args.threads,
-        "load_before": os.getloadavg()[0], "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0], "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    results, unit = Results(), "TFLOP/s" if device.type == "cuda" else "GFLOP/s"
+    results, unit = Results(), report.UNITS[device.type]
     path = args.out / f"kernels-{report.slug(device)}.json"
     for entry, names in run(bench, plan, results):
         print(*report.table(results, entry, names, unit), "", sep="\n", flush=True)
@@ -203,7 +203,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if not results.entries:
         raise SystemExit(f"--budget {args.budget} s is too short for any case; 480 does the important ones")
     report.save(path, report.document(results, device, bench.contenders, settings))
-    picture = draw(results, bench.contenders, path.with_suffix(".png"), report.device_name(device))
+    picture = draw(results, bench.contenders, path.with_suffix(".png"), report.device_name(device), unit)
     print(f"wrote {path} and {picture.name} after {settings['seconds']} s")
     failures = results.failures()
     for failure in failures:

@@ -5,6 +5,7 @@ python -m benchmarks.mask_pictures [--out docs/images/masks.png]
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -106,7 +107,7 @@ def draw(path: Path) -> None:
     side, gap, head = CELL * TOKENS, 44, 92
     columns, rows = 5, -(-len(PANELS) // 5)
     width, height = columns * (side + gap) + 2 * gap, rows * (side + head) + 2 * gap
-    settings = {"font.family": "DejaVu Sans", "text.color": INK, "axes.linewidth": 0}
+    settings: Any = {"font.family": "DejaVu Sans", "text.color": INK, "axes.linewidth": 0}
     with matplotlib.rc_context(settings):
         figure = pyplot.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
         for i, (title, code, mask, at) in enumerate(PANELS):

@@ -18,6 +18,16 @@ from .peers import DENSE, Contender
 Key = tuple[str, int, Shape, torch.dtype]
 
 
+class Unit(NamedTuple):
+    """In which rates are shown: so many of it are a TFLOP/s."""
+
+    name: str = "TFLOP/s"
+    factor: float = 1.0
+
+
+UNITS = {"cuda": Unit(), "cpu": Unit("GFLOP/s", 1e3)}
+
+
 class Both(NamedTuple):
     """A number for the forward pass and one for the backward."""
 
@@ -91,17 +101,16 @@ class Results:
         ]
 
 
-def table(results: Results, entry: Entry, names: Iterable[str], unit: str = "TFLOP/s") -> Iterator[str]:
-    """Lines on one case: forward, then backward. Rates in `unit`, TFLOP/s or GFLOP/s."""
+def table(results: Results, entry: Entry, names: Iterable[str], unit: Unit) -> Iterator[str]:
+    """Lines on one case: forward, then backward."""
     share = entry.pairs / entry.case.tokens**2
     yield f"{entry.case}: {share:.2%} of all pairs, lists in {entry.lists_ms:.1f} ms"
-    side = "".join(f"{word:>9}" for word in ("ms", unit, "x dense", "of ideal"))
+    side = "".join(f"{word:>9}" for word in ("ms", unit.name, "x dense", "of ideal"))
     rest = "".join(f"{word:>9}" for word in ("GiB", "error", "of grads", "first s"))
     yield f"  {'':<14}{side}  |{side}  |{rest}"
     for name in names:
         found = entry.found[name]
-        factor = 1e3 if unit == "GFLOP/s" else 1.0
-        text = found if isinstance(found, str) else _row(results, entry, name, factor)
+        text = found if isinstance(found, str) else _row(results, entry, name, unit.factor)
         yield f"  {name:<14}{text}"
 
 

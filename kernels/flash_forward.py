@@ -217,7 +217,9 @@ def matrix(X, strides, b, h, UNIT: tl.constexpr):  # type: ignore[no-untyped-def
 def load_tile(  # type: ignore[no-untyped-def]
     tokens, start, limit, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr
 ):
-    """Tokens from `start` of a [limit, D] matrix as [ROWS, WIDTH]: 0 beyond D; beyond `limit` too if CHECK."""
+    """Tokens from `start` of a [limit, D] matrix as [ROWS, WIDTH]: 0 beyond D; beyond `limit` too if
+    CHECK.
+    """
     i, d = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
     at = tokens[0] + start.to(tl.int64) * tokens[1] + (i * tokens[1] + d)
     if CHECK and D < WIDTH:

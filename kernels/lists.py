@@ -16,7 +16,7 @@ class Lists(NamedTuple):
     width: int  # columns in a cell; the last cell may have less
     share: int  # rows that have a line in common
     groups: int
-    rows: int  # rows of a group; lines may have more, which hold nothing
+    rows: int  # rows of a group; the lines may have more, which mean nothing
     columns: int
     mixed: Tensor  # int32: columns from mixed cells, those of a row together and ascending
     start: Tensor  # int64 [lines * share]: where those of a row begin in `mixed`
@@ -95,7 +95,6 @@ def _ends(lists: Lists) -> tuple[Tensor, Tensor, Tensor]:
     count, first, last = (
         x.repeat_interleave(lists.share) for x in (count, first, last.clamp(max=lists.columns - 1))
     )
-    count.view(lists.groups, -1)[:, lists.rows :] = 0
     mixed, none, some = pad(lists.mixed, (0, 1)), count == 0, lists.length > 0
     first_mixed, last_mixed = mixed[lists.start], mixed[lists.start + (lists.length - 1).clamp(min=0)]
     first = torch.where(some & (none | (first_mixed < first)), first_mixed, first)

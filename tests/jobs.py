@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -34,6 +34,10 @@ from longspan.train.record import Record
 from longspan.train.run import train
 
 Row = dict[str, float]
+Once = Callable[..., list["Ran"]]  # (size, *overrides) -> the run of that config on so many ranks, by rank
+STEPS = 20  # of `experiment=tiny`
+COUNTED = ("step", "lr", "tokens", "valid")
+EXACT = (*COUNTED, "loss", "grad_norm")
 PROBES = 3  # held-out sequences whose losses are compared token by token
 
 
@@ -168,3 +172,27 @@ def furthest(got: Tensor, want: Tensor) -> float:
 def together(ranks: Sequence[Ran]) -> list[Taken]:
     """The sequences of all ranks, each once, in the order of their indices."""
     return sorted({t for ran in ranks for t in ran.taken}, key=lambda t: (t.step, t.index))
+
+
+def ring(placement: str = "zigzag", *overrides: str) -> tuple[str, ...]:
+    return ("parallel=ring", f"parallel.layout.placement={placement}", *overrides)
+
+
+def assert_same(got: list[Ran], want: list[Ran], *, since: int = 0) -> None:
+    """Steps after `since` saw the same sequences, and nothing of them differs but by rounding."""
+    left = [t for t in together(want) if t.step >= since]
+    assert together(got) == left
+    assert len(left) == 2 * (len(want[0].rows) - since)
+    for ran in got:
+        rows = want[0].rows[since:]
+        assert values(ran.rows, "step", "lr", "tokens", "valid").equal(
+            values(rows, "step", "lr", "tokens", "valid")
+        )
+        assert furthest(values(ran.rows, "loss"), values(rows, "loss")) < 2e-6
+        assert furthest(values(ran.rows, "grad_norm"), values(rows, "grad_norm")) < 1e-5
+        assert_same_tokens(ran.losses, want[0].losses)
+
+
+def assert_same_tokens(got: Tensor, want: Tensor) -> None:
+    worst = (got - want).abs()
+    assert worst.max() < 2e-5, f"token {int(worst.amax(0).argmax())} is off by {float(worst.max())} nats"

@@ -170,6 +170,7 @@ EACH: list[Mask] = [
     Neighborhood((60,), 7),
     Neighborhood((61,), 4, dilation=3),
     Neighborhood((60,), 9, dilation=2, stride=4, causal=True),
+    Neighborhood((60,), 5, dilation=7),
     Neighborhood((60,), 60, stride=60),
     Neighborhood((6, 10), 3),
     Neighborhood((10, 6), (4, 2), stride=(3, 2)),

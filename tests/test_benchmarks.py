@@ -21,7 +21,7 @@ from benchmarks.area import area, by_index
 from benchmarks.cases import SHAPES, Case, Job, Shape, jobs, masked, volume
 from benchmarks.figure import draw
 from benchmarks.peers import Contender, Skip, contenders
-from benchmarks.report import Both, Entry, Found, Results, table
+from benchmarks.report import Both, Entry, Found, Results, Unit, table
 from benchmarks.timing import Attempt, CpuClock
 from longspan.kernels.attention import attention
 from longspan.kernels.lower import lower, visible
@@ -110,7 +110,7 @@ def test_rates_and_ratios() -> None:
     assert results.of_ideal(sparse, "longspan", own) == pytest.approx((0.8, 0.8))
     assert results.of_ideal(sparse, "flex", sparse.measured()["flex"]) is None
     assert results.of_ideal(dense, "longspan", dense.measured()["longspan"]) is None
-    lines = list(table(results, dense, ["longspan", "flash-attn"]))
+    lines = list(table(results, dense, ["longspan", "flash-attn"], Unit()))
     assert lines[0].startswith("causal, 1000 tokens, 2/2x50 heads, bfloat16: 50.00% of all pairs")
     assert lines[2].split()[:4] == ["longspan", "4.000", "0.1", "0.50"]
     assert lines[3].split() == ["flash-attn", "not", "installed"]
@@ -260,5 +260,5 @@ def test_times_are_of_the_two_halves() -> None:
 
 def test_the_figure_of_dense_cases_alone(tmp_path: Path) -> None:
     one = entry("causal", 500_000, longspan=(4.0, 20.0))
-    path = draw(Results({one.case.key: one}), contenders(CPU), tmp_path / "a.png", "a device")
+    path = draw(Results({one.case.key: one}), contenders(CPU), tmp_path / "a.png", "a device", Unit())
     assert path.read_bytes()[:4] == b"\x89PNG"

@@ -160,7 +160,7 @@ def usage(kernel: Any) -> Use:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(kernel.asm["cubin"])
-        command = [tool, "--dump-resource-usage", binary]
+        command = [str(tool), "--dump-resource-usage", str(binary)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     spilled = int(found["STACK"]) + int(found["LOCAL"])
@@ -173,7 +173,8 @@ def stated() -> dict[str, dict[str, Use]]:
     for line in PAGE.read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if re.match(r"sm_\d+$", cells[0]):
-            uses = (Use(*map(int, cell.split(" / "))) for cell in cells[5:])
+            numbers = ([int(n) for n in cell.split(" / ")] for cell in cells[5:])
+            uses = (Use(registers, spilled, shared) for registers, spilled, shared in numbers)
             table[" | ".join(cells[:5])] = dict(zip(KERNELS, uses, strict=True))
     return table
 

@@ -60,7 +60,8 @@ def mixed(seed: int) -> Mask:
 
     def leaf() -> Mask:
         inner = draw.choice([None, Causal(), Window(3, 3), First(2) & Causal()])
-        documents = Documents(draw.choice([DOCS, BATCHED]), inner)
+        starts: Any = draw.choice([DOCS, BATCHED])
+        documents = Documents(starts, inner)
         window = Window(draw.randrange(20), draw.choice([None, draw.randrange(9)]))
         return draw.choice([Causal(), window, First(draw.randrange(1, 9)), documents, Strided(8, 0, 3)])
 
@@ -141,10 +142,10 @@ def run(case: Case, device: str, tile: tuple[int, int] | None) -> Errors:
     dout = dout.to(device).float()
 
     low = lower(case.mask, case.at_q, case.at_k, hk, q.device)
-    exact = [x.double() for x in (q, k, v)]
-    out, lse = reference.forward(*exact, low, case.options)
+    q64, k64, v64 = (x.double() for x in (q, k, v))
+    out, lse = reference.forward(q64, k64, v64, low, case.options)
     delta = row_delta(dout.double(), out, lse, dlse)
-    grads = reference.backward(dout.double(), delta, *exact, lse, low, case.options)
+    grads = reference.backward(dout.double(), delta, q64, k64, v64, lse, low, case.options)
     want = {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
 
     got = attended(case, viewed(q, case.view), k, v, dout, dlse, tile)
@@ -160,22 +161,22 @@ def attended(
     for start, stop in zip(ends, ends[1:], strict=False):
         at_k = cut(case.at_k, start, stop)
         low = lower(case.mask, case.at_q, at_k, case.heads[1], q.device)
-        kv = [viewed(x[:, start:stop], case.view) for x in (k, v)]
-        parts.append((kv, low, at_k))
+        own_k, own_v = (viewed(x[:, start:stop], case.view) for x in (k, v))
+        parts.append((own_k, own_v, low, at_k))
     block = Block(*tile, 4, 2) if tile else None
     blocks = (block, Block(tile[1], tile[0], 4, 2)) if block and tile else None
     merged = None
-    for kv, low, at_k in parts:
-        piece = flash_forward.forward(q, *kv, case.mask, low, case.at_q, at_k, case.options, block)
+    for own_k, own_v, low, at_k in parts:
+        piece = flash_forward.forward(q, own_k, own_v, case.mask, low, case.at_q, at_k, case.options, block)
         merged = combine(merged, piece) if merged else piece
     assert merged is not None
     out, lse = merged
     delta = row_delta(dout, out, lse, dlse)
     grads = [
         flash_backward.backward(
-            dout, delta, q, *kv, lse, case.mask, low, case.at_q, at_k, case.options, blocks
+            dout, delta, q, own_k, own_v, lse, case.mask, low, case.at_q, at_k, case.options, blocks
         )
-        for kv, low, at_k in parts
+        for own_k, own_v, low, at_k in parts
     ]
     dq, dk, dv = zip(*grads, strict=True)
     found = {"out": out, "dq": torch.stack(dq).sum(0), "dk": torch.cat(dk, 1), "dv": torch.cat(dv, 1)}
@@ -229,7 +230,7 @@ def run_time_lists(device: str) -> Errors:
 def poison() -> None:
     """Memory that a kernel does not write shows as NaN."""
     empty = torch.empty
-    torch.empty = lambda *size, **kinds: empty(*size, **kinds).fill_(float("nan"))  # type: ignore[assignment]
+    torch.empty = lambda *size, **kinds: empty(*size, **kinds).fill_(float("nan"))
 
 
 def mend_bfloat16() -> None:
@@ -351,7 +352,7 @@ def test_compiled_kernels_take_run_time_lists_and_repeat_bit_for_bit() -> None:
     shapes = ((2, 2000, 4, 64), (2, 2000, 2, 64), (2, 2000, 2, 64), (2, 2000, 4, 64), (2, 4, 2000))
     made = [torch.randn(s, generator=generator).cuda() for s in shapes]
     q, k, v = (x.bfloat16() for x in made[:3])
-    first, second = (attended(case, q, k, v, *made[3:], None) for _ in range(2))
+    first, second = (attended(case, q, k, v, made[3], made[4], None) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
