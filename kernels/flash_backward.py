@@ -220,52 +220,52 @@ def attention_backward_dkdv_kernel(  # type: ignore[no-untyped-def]
     full, stop, partial, end = borders(lists, row)
     at = (b % mask.rows, kv, start)
     dk, dv = tl.zeros([BN, WIDTH], tl.float32), tl.zeros([BN, WIDTH], tl.float32)
-    group = sizes.heads // sizes.kv_heads
-    for g in range(group):
-        h = kv * group + g
-        queries, douts = matrix(Q, strides[0], b, h, UNIT), matrix(rows.dout, strides[3], b, h, UNIT)
-        line = (b.to(tl.int64) * sizes.heads + h) * sizes.queries
-        dk, dv = _sweep_queries(
-            dk, dv, (k, v), queries, douts, rows, line, (lists.index, full, stop), at, mask, sizes, scores,
-            False, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
-        )  # fmt: skip
-        dk, dv = _sweep_queries(
-            dk, dv, (k, v), queries, douts, rows, line, (lists.index, partial, end), at, mask, sizes, scores,
-            True, TREE, D, WIDTH, BM, BN, SIGMOID, CAP,
-        )  # fmt: skip
+    # all heads' full tiles first: what the predicate needs of the keys is not held in registers meanwhile
+    dk, dv = _sweep_queries(
+        dk, dv, k, v, Q, rows, strides, b, (lists.index, full, stop), at, mask, sizes, scores,
+        False, TREE, D, WIDTH, BM, BN, SIGMOID, CAP, UNIT,
+    )  # fmt: skip
+    dk, dv = _sweep_queries(
+        dk, dv, k, v, Q, rows, strides, b, (lists.index, partial, end), at, mask, sizes, scores,
+        True, TREE, D, WIDTH, BM, BN, SIGMOID, CAP, UNIT,
+    )  # fmt: skip
     store_tile(DK, dk * scale, b, kv, sizes.kv_heads, start, sizes.keys, BN, D, WIDTH)
     store_tile(DV, dv, b, kv, sizes.kv_heads, start, sizes.keys, BN, D, WIDTH)
 
 
 @triton.jit
 def _sweep_queries(  # type: ignore[no-untyped-def]
-    dk, dv, own, queries, douts, rows, line, listed, at, mask, sizes, scores,
+    dk, dv, k, v, Q, rows, strides, b, listed, at, mask, sizes, scores,
     PARTIAL: tl.constexpr, TREE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, SIGMOID: tl.constexpr, CAP: tl.constexpr,
+    BN: tl.constexpr, SIGMOID: tl.constexpr, CAP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Add the listed query tiles of one head to dk and dv. Scores stand transposed, [keys, queries]."""
-    k, v = own
+    """Add the listed query tiles of each query head to dk, dv. Scores stand transposed: [keys, queries]."""
     index, first, last = listed
-    column = tl.load(index + first, mask=first < last, other=0)
-    for i in range(first, last):
-        start = column * BM
-        column = tl.load(index + tl.minimum(i + 1, last - 1))
-        q = load_tile(queries, start, sizes.queries, BM, D, WIDTH, PARTIAL)
-        do = load_tile(douts, start, sizes.queries, BM, D, WIDTH, PARTIAL)
-        m = start + tl.arange(0, BM)
-        lse, delta = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
-        if not SIGMOID:
-            delta = load_row(rows.delta + line, m, sizes.queries, 0.0, PARTIAL)
-            lse = load_row(rows.lse + line, m, sizes.queries, float("inf"), PARTIAL)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        seen = True
-        if PARTIAL:
-            n = at[2] + tl.arange(0, BN)[:, None]
-            seen = visible(TREE, mask, at[0], at[1], m[None, :], n, sizes.queries, sizes.keys)
-        p, slope = weights(s, lse[None, :], seen, scores, SIGMOID, CAP, PARTIAL)
-        # dv before dp: fewer registers are live than with both products of the scores at hand
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        ds = gradient(p, dp, delta[None, :], slope, SIGMOID)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    group = sizes.heads // sizes.kv_heads
+    for g in range(group):
+        h = at[1] * group + g
+        queries, douts = matrix(Q, strides[0], b, h, UNIT), matrix(rows.dout, strides[3], b, h, UNIT)
+        line = (b.to(tl.int64) * sizes.heads + h) * sizes.queries
+        column = tl.load(index + first, mask=first < last, other=0)
+        for i in range(first, last):
+            start = column * BM
+            column = tl.load(index + tl.minimum(i + 1, last - 1))
+            q = load_tile(queries, start, sizes.queries, BM, D, WIDTH, PARTIAL)
+            do = load_tile(douts, start, sizes.queries, BM, D, WIDTH, PARTIAL)
+            m = start + tl.arange(0, BM)
+            lse, delta = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+            if not SIGMOID:
+                delta = load_row(rows.delta + line, m, sizes.queries, 0.0, PARTIAL)
+                lse = load_row(rows.lse + line, m, sizes.queries, float("inf"), PARTIAL)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            seen = True
+            if PARTIAL:
+                n = at[2] + tl.arange(0, BN)[:, None]
+                seen = visible(TREE, mask, at[0], at[1], m[None, :], n, sizes.queries, sizes.keys)
+            p, slope = weights(s, lse[None, :], seen, scores, SIGMOID, CAP, PARTIAL)
+            # dv before dp: fewer registers are live than with both products of the scores at hand
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            ds = gradient(p, dp, delta[None, :], slope, SIGMOID)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv

@@ -3,10 +3,11 @@ world.
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from longspan.kernels.attention import attention
 from longspan.kernels.mask import Mask
@@ -36,6 +37,14 @@ class Cell:
 Errors = dict[str, float]  # tensor name -> relative norm of the difference
 
 
+@lru_cache
+def meshed(mesh: Mesh) -> DeviceMesh:
+    """One mesh of a shape for all cells: each group brings threads of its own, and hundreds of them choke
+    a machine.
+    """
+    return mesh.build("cpu")
+
+
 def build(name: str, size: int) -> Layout:
     """ring/zigzag, gather/striped, gather1/zigzag (a head at a time), ulysses, ulysses2 (two rounds),
     usp/zigzag, s2/contiguous, s2-4/striped (blocks of 4), star, single.
@@ -44,13 +53,11 @@ def build(name: str, size: int) -> Layout:
     if kind == "single":
         return Single()
     if kind.startswith("ulysses"):
-        return Ulysses(Mesh(head=size).build("cpu"), chunks=int(kind[7:] or 1))
+        return Ulysses(meshed(Mesh(head=size)), chunks=int(kind[7:] or 1))
     if kind == "usp":
         head = 2 if size % 2 == 0 else size
-        return Ulysses(
-            Mesh(head=head, ring=size // head).build("cpu"), inner=partial(Ring, placement=placement)
-        )
-    mesh = Mesh(ring=size).build("cpu")
+        return Ulysses(meshed(Mesh(head=head, ring=size // head)), inner=partial(Ring, placement=placement))
+    mesh = meshed(Mesh(ring=size))
     if kind.startswith("gather"):
         return Gather(mesh, placement=placement, heads_at_once=int(kind[6:] or 0))
     if kind.startswith("s2"):

@@ -3,6 +3,7 @@
 import copy
 import datetime
 import json
+import os
 import sys
 from dataclasses import dataclass
 from itertools import cycle, islice, product
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
@@ -172,6 +174,14 @@ def test_a_launch_that_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message), processes(Launch(), wanted, seconds):
             pass
+
+
+def test_ranks_share_the_cores_and_give_them_back() -> None:
+    before, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    for local_world, threads in ((1, cores), (cores, 1), (4 * cores, 1)):
+        with processes(Launch(local_world=local_world), "cpu", 9.0) as device:
+            assert (device.type, torch.get_num_threads(), dist.get_world_size()) == ("cpu", threads, 1)
+        assert torch.get_num_threads() == before and not dist.is_initialized()
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "/x"])

@@ -4,11 +4,10 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
@@ -54,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], folder: Path) -> Iterator[Say]:
+def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], folder: Path) -> Say:
     """Runs an entry point with these words as its command line, in this process."""
 
     def run(main: Callable[[], None], *words: str) -> Said:
@@ -74,9 +73,7 @@ def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fold
     # the entry points set it, and end a process that has failed without ceremony
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr(os, "_exit", ended)
-    threads = torch.get_num_threads()
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 @pytest.mark.parametrize(("word", "message"), REFUSED, ids=[word for word, _ in REFUSED])
@@ -85,6 +82,12 @@ def test_a_mistake_is_one_message(say: Say, word: str, message: str) -> None:
     assert err.startswith("longspan: error: ") and message in err
     assert code == 2
     assert err.count("\n") == 1 and len(err) < 500 and out == ""
+
+
+def test_a_mistake_in_a_sweep_is_said_before_its_first_job(say: Say, folder: Path) -> None:
+    code, _, err = say(train_main, "experiment=tiny", "optim.lr=1e-3,3e-3", "train.stepz=2", "--multirun")
+    assert (code, err) == (2, "longspan: error: unknown key 'train.stepz'; did you mean 'train.steps'?\n")
+    assert not list(folder.glob("runs/multirun-*"))
 
 
 BAD_FILES = [

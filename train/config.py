@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
@@ -298,7 +299,7 @@ def hint(error: Exception, overrides: list[str], root: str) -> str:
         group, choice, there = found.group(1), found.group(2), found.group(3).split()
         return f"{group}={choice}: there is no such choice{suggestion(choice, there, f'{group}=')}"
     if found := re.search(r"Could not override '([^']+)'", text):
-        return _unknown(found.group(1), overrides, root) or text
+        return _unknown(found.group(1), overrides, root) or f"unknown key '{found.group(1)}'"
     return text
 
 
@@ -307,8 +308,11 @@ def _unknown(path: str, overrides: list[str], root: str) -> str | None:
     either.
     """
     parent, _, last = path.rpartition(".")
-    rest = [o for o in overrides if not o.startswith("-") and o.split("=")[0].lstrip("+~") != path]
+    parser = OverridesParser.create()
+    words = [o for o in overrides if not o.startswith("-") and o.split("=")[0].lstrip("+~") != path]
     try:
+        # what a sweep would try one by one cannot be composed, and changes no key
+        rest = [o for o in words if not parser.parse_override(o).is_sweep_override()]
         with initialize_config_module("longspan.conf", version_base="1.3"):
             whole = compose(root, overrides=rest)
         there = OmegaConf.select(whole, parent) if parent else whole

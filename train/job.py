@@ -45,7 +45,9 @@ class Launch:
 
 @contextmanager
 def processes(launch: Launch, wanted: str, timeout_s: float) -> Iterator[torch.device]:
-    """An initialised process group (one that exists is used as it is) and this rank's device."""
+    """An initialised process group (one that exists is used as it is) and this rank's device. On the CPU this
+    rank has its share of the cores meanwhile.
+    """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         raise ValueError(
@@ -54,23 +56,33 @@ def processes(launch: Launch, wanted: str, timeout_s: float) -> Iterator[torch.d
     if timeout_s <= 0:
         raise ValueError(f"timeout_s is {timeout_s}; it must be more than 0 seconds")
     device = torch.device(kind, launch.local_rank) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
+    with _threads(device, launch):
+        if dist.is_initialized():
+            yield device
+            return
+        _connect(launch, kind, datetime.timedelta(seconds=timeout_s))
+        try:
+            yield device
+        except BaseException:
+            # tearing down waits for peers, who may never come
+            if launch.world == 1:
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _threads(device: torch.device, launch: Launch) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         # more threads than cores make ranks that share a machine ten times slower
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world))
-    if dist.is_initialized():
-        yield device
-        return
-    _connect(launch, kind, datetime.timedelta(seconds=timeout_s))
     try:
-        yield device
-    except BaseException:
-        # tearing down waits for peers, who may never come
-        if launch.world == 1:
-            dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _connect(launch: Launch, kind: str, timeout: datetime.timedelta) -> None:
