@@ -32,7 +32,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 train: $(INSTALLED) ## train the quickstart over 2 ranks; ARGS='parallel=ulysses ...' changes it
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --nproc-per-node $(RANKS) -m longspan.train experiment=quickstart $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m longspan.train experiment=quickstart $(ARGS)
 
 test: check ## ruff, mypy and the fast tests
 	$(BIN)/pytest -m "not slow and not gpu" $(TEST_ARGS)

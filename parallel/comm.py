@@ -12,14 +12,21 @@ from torch import Tensor
 
 @dataclass
 class Traffic:
-    """What this rank has sent since `reset`: bytes by receiving rank of the layout, and messages."""
+    """What this rank has sent since `reset`: bytes by receiving rank of the layout, and messages.
 
+    A part of another layout counts into the whole's: `ranks[peer]` is the rank there of its own rank `peer`.
+    """
+
+    whole: "Traffic | None" = None
+    ranks: Sequence[int] = ()
     sent: Counter[int] = field(default_factory=Counter)
     messages: int = 0
 
     def add(self, peer: int, count: int) -> None:
         self.sent[peer] += count
         self.messages += 1
+        if self.whole is not None:
+            self.whole.add(self.ranks[peer], count)
 
     def reset(self) -> None:
         self.sent.clear()

@@ -76,6 +76,10 @@ class Ulysses(Joined):
         self._heads = mesh.get_group(axis)
         self.here, self.ways = dist.get_rank(self._heads), dist.get_world_size(self._heads)
         self.rank, self.size = self.inner.rank * self.ways + self.here, self.inner.size * self.ways
+        self._traded = Traffic(self.traffic, [self.inner.rank * self.ways + i for i in range(self.ways)])
+        self.inner.traffic = Traffic(
+            self.traffic, [r * self.ways + self.here for r in range(self.inner.size)]
+        )
         self.group = (
             self._heads if self.inner.size == 1 else mesh["ring", axis]._flatten("sequence").get_group()
         )
@@ -139,7 +143,7 @@ class Ulysses(Joined):
         ]
         shapes = [[(rows, n, len(h), dim) for h in (me.q, me.kv, me.kv)] for n in tokens]
         q, k, v = (
-            torch.cat(x, 1) for x in zip(*trade(self._heads, pieces, shapes, self.traffic), strict=True)
+            torch.cat(x, 1) for x in zip(*trade(self._heads, pieces, shapes, self._traded), strict=True)
         )
         outs, lses = [q[:, :, :0]], []
         kept: list[Tensor | None] = []
@@ -193,7 +197,7 @@ class Ulysses(Joined):
         pieces = [list(parts) for parts in zip(*(x.split(tokens, 1) for x, _ in kinds), strict=True)]
         rows, n, dim = dq.shape[0], tokens[self.here], dq.shape[3]
         shapes = [[(rows, n, len(getattr(s, kind)), dim) for _, kind in kinds] for s in all_shares]
-        got = trade(self._heads, pieces, shapes, self.traffic)
+        got = trade(self._heads, pieces, shapes, self._traded)
         whole = torch.zeros((2, rows, n, kv_heads, dim), dtype=dq.dtype, device=dq.device)
         for s, (_, dk, dv) in zip(all_shares, got, strict=True):
             whole[0][:, :, s.kv.start : s.kv.stop] += dk
@@ -205,14 +209,14 @@ class Ulysses(Joined):
         pieces = [[x.narrow(heads_dim, h.start, len(h))] for h in heads]
         shapes = [[self._shape(x, heads_dim, len(heads[self.here]), n)] for n in tokens]
         return torch.cat(
-            [part[0] for part in trade(self._heads, pieces, shapes, self.traffic)], 3 - heads_dim
+            [part[0] for part in trade(self._heads, pieces, shapes, self._traded)], 3 - heads_dim
         )
 
     def _back(self, x: Tensor, tokens: list[int], heads: list[range], *, heads_dim: int) -> Tensor:
         """From all tokens of local heads to local tokens of all heads."""
         pieces = [[part] for part in x.split(tokens, 3 - heads_dim)]
         shapes = [[self._shape(x, heads_dim, len(h), tokens[self.here])] for h in heads]
-        return torch.cat([part[0] for part in trade(self._heads, pieces, shapes, self.traffic)], heads_dim)
+        return torch.cat([part[0] for part in trade(self._heads, pieces, shapes, self._traded)], heads_dim)
 
     @staticmethod
     def _shape(x: Tensor, heads_dim: int, heads: int, tokens: int) -> tuple[int, ...]:

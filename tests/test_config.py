@@ -273,7 +273,11 @@ def test_secrets_are_not_written_down(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "argv", ["longspan", "track.api_key=hush", "+password=hush", "seed=1"])
     run = tmp_path / "run"
     run.mkdir()
-    open_folder(run, plain, {})
+    open_folder(run, tmp_path, plain, {})
+    assert (tmp_path / "latest").resolve() == run
+    # a run that is opened through the link leaves it as it is
+    open_folder(tmp_path / "latest", tmp_path, plain, {})
+    assert (tmp_path / "latest").resolve() == run
     assert not any("hush" in path.read_text() for path in run.iterdir())
     assert json.loads((run / "run.json").read_text())["command"][-1] == "seed=1"
     assert redacted_argument("data.tokenizer=a=b") == "data.tokenizer=a=b"

@@ -2,7 +2,8 @@
 what happened.
 
 Exit codes: 0 done; 1 an error of ours or of the machine, with its traceback; 2 bad input: a setting that
-cannot be or a file that cannot be used; 75 stopped by a signal after saving: start again to go on.
+cannot be or a file that cannot be used; 75 stopped by a signal after saving: start again to go on; 130 left
+at once by a second SIGINT.
 """
 
 import json
@@ -24,7 +25,7 @@ from .job import Launch
 from .loop import Diverged
 from .preempt import EXIT_PREEMPTED
 
-FAILED, BAD_INPUT = 1, 2
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 OTHERS_WAIT_S = 2.0
 
 
@@ -68,6 +69,9 @@ def guarded(work: Callable[[], int], launch: Launch) -> int:
         _tell_torchrun(launch, one_line(error))
     except (PeerError, Diverged) as error:
         leave(FAILED, f"error: {error}", launch)
+    except KeyboardInterrupt:
+        # the second Ctrl-C: a save that is still being written must not hold anybody back
+        os._exit(INTERRUPTED)
     except Exception as error:
         traceback.print_exc()
         _tell_torchrun(launch, one_line(error))

@@ -108,7 +108,10 @@ def _text(job: Job, cfg: DictConfig, folder: Path, found: dict[str, Any]) -> dic
 def _needles(job: Job, cfg: DictConfig, folder: Path, found: dict[str, Any]) -> dict[str, str]:
     assert isinstance(job.data, Needle)
     trained = job.data.context
-    lengths = list(cfg.lengths or (trained // 4, trained // 2, trained, 2 * trained))
+    lengths = list(
+        cfg.lengths
+        or [n for n in (trained // 4, trained // 2, trained, 2 * trained) if n >= job.data.shortest]
+    )
     accuracy = retrieval(job, job.data, depths=list(cfg.depths), lengths=lengths, samples=cfg.needles)
     found["retrieval"] = {"depths": list(cfg.depths), "lengths": lengths, "accuracy": accuracy.tolist()}
     if dist.get_rank() == 0:

@@ -1,5 +1,6 @@
 """The end of a run: the last evaluation, the pictures, and the summary."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def finish(loop: Loop, folder: Path, *, complete: bool) -> dict[str, Any]:
     summary.json.
     """
     job, state = loop.job, loop.state
-    sent = traffic_matrix(job)
+    sent = traffic_matrix(job, loop.sent)
     held = job.data.held_out()
     samples = len(held) if job.cfg.eval.final is None else min(job.cfg.eval.final, len(held))
     found = loop.evaluate(samples) if samples else None
@@ -41,9 +42,10 @@ def finish(loop: Loop, folder: Path, *, complete: bool) -> dict[str, Any]:
     }
     accuracy = None
     if isinstance(job.data, Needle):
+        context = job.data.context
         depths, lengths = (
             (0.0, 0.25, 0.5, 0.75, 1.0),
-            (job.data.context // 4, job.data.context // 2, job.data.context),
+            [n for n in (context // 4, context // 2, context) if n >= job.data.shortest],
         )
         accuracy = retrieval(job, job.data, depths=depths, lengths=lengths, samples=8)
         summary["retrieval"] = {"depths": depths, "lengths": lengths, "accuracy": accuracy.round(4).tolist()}
@@ -56,7 +58,8 @@ def finish(loop: Loop, folder: Path, *, complete: bool) -> dict[str, Any]:
                 "held_out_bytes": len(text),
                 "same_bytes": others,
             }
-        draw(loop, folder, found, sent, others)
+        if loop.stepped:  # a finished run that was started again keeps the pictures of its training
+            draw(loop, folder, found, sent, others)
         if accuracy is not None:
             path = needle_map(
                 folder / "needle.png",
@@ -104,13 +107,13 @@ def mask_grid(job: Job, length: int) -> np.ndarray:
     return np.asarray((some.int() + every.int()).numpy())
 
 
-def traffic_matrix(job: Job) -> np.ndarray:
+def traffic_matrix(job: Job, sent: Mapping[int, int]) -> np.ndarray:
     """Bytes from rank to rank of one sequence, for one layer and one micro batch, forward and backward: int64
     [size, size].
     """
     layers = job.model.layers * job.cfg.train.accumulate
     row = torch.zeros(job.layout.size, dtype=torch.int64)
-    for peer, count in job.layout.traffic.sent.items():
+    for peer, count in sent.items():
         row[peer] = count // layers
     if job.layout.group is None:
         return np.asarray(row[None].numpy())

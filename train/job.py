@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..kernels.mask import Mask
+from ..kernels.mask import Documents, Mask
 from ..parallel.layout import Layout
 from .agree import Ranks
 from .config import made
@@ -182,13 +182,21 @@ def build(cfg: DictConfig, launch: Launch, device: torch.device) -> Job:
     mesh, layout = build_layout(cfg, launch, device)
     mask: Mask = made(cfg.mask)
     data = open_data(cfg, launch, ranks)
-    layout.place(data.context, mask)
+    _check_place(layout, data, mask)
     model = build_model(cfg, data, mask).to(device)
     objective = made(cfg.objective)(model)
     optim: Optim = made(cfg.optim)
     engine: Engine = made(cfg.engine)
     engine.wrap(objective, optim.build(model), mesh)
     return Job(cfg, launch, device, ranks, mesh, layout, data, mask, model, objective, engine, optim)
+
+
+def _check_place(layout: Layout, data: Dataset, mask: Mask) -> None:
+    """Places a sequence as training will: what the layout cannot serve is refused now, not in the middle
+    of a run.
+    """
+    several = data.describe().get("pack") is not None  # packed documents, or one and its padding
+    layout.place(data.context, Documents((0, 1) if several else (0,), inner=mask))
 
 
 def check_numbers(cfg: DictConfig) -> None:

@@ -52,6 +52,8 @@ class Loop:
             state,
         )
         self.saved = state.step
+        self.sent: dict[int, int] = {}  # bytes by receiving rank in the last step
+        self.stepped = False
         dtype = torch.bfloat16 if job.cfg.train.precision == "bfloat16" else torch.float32
         self.peak, self.peak_source = peak_flops(job.device, dtype)
         self.meter = Meter(
@@ -120,6 +122,7 @@ class Loop:
                 f"step {state.step + 1}: loss {mean}, gradient norm {norm}; weights were left as they were"
             )
         job.engine.step(lr)
+        self.sent, self.stepped = dict(job.layout.traffic.sent), True
         state.step, state.samples = state.step + 1, state.samples + job.global_batch
         state.tokens += int(counts[1])
         values = self.meter.update(state.step, int(counts[1]), self._flops(batches, int(counts[1])))

@@ -57,10 +57,15 @@ class Record:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """The file holds the whole value or what it held before. Raises OSError, with the path."""
+    """As `write_whole`."""
+    write_whole(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file holds the whole text or what it held before. Raises OSError, with the path."""
     part = path.with_name(path.name + ".part")
     try:
-        part.write_text(json.dumps(value, indent=1, default=str) + "\n")
+        part.write_text(text)
         os.replace(part, path)
     except OSError as error:
         with suppress(OSError):
@@ -68,11 +73,11 @@ def write_json(path: Path, value: Any) -> None:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def open_folder(folder: Path, config: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Makes the run folder with config.yaml (resolved, redacted), run.json (what ran where) and a link
-    root/latest.
+def open_folder(folder: Path, root: Path, config: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Fills the run folder with config.yaml (resolved, redacted) and run.json (what ran where); a folder
+    right below `root` is what root/latest links to.
     """
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -81,7 +86,8 @@ def open_folder(folder: Path, config: dict[str, Any], facts: dict[str, Any]) -> 
     write_json(
         folder / "run.json", {"command": [redacted_argument(a) for a in sys.argv], **versions, **facts}
     )
-    link = folder.parent / "latest"
-    if link.is_symlink() or not link.exists():
+    link = root / "latest"
+    beside = folder.resolve().parent == root.resolve() and folder.name != link.name
+    if beside and (link.is_symlink() or not link.exists()):
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)

@@ -46,7 +46,8 @@ def agree_folder(cfg: DictConfig) -> Path:
     ranks = Ranks(kinds=(ValueError, FileExistsError, NotADirectoryError, PermissionError, OSError))
 
     def make(parts: list[Path]) -> list[Path]:
-        folder = parts[0]
+        # a link, such as runs/latest, is followed once: it may soon point elsewhere
+        folder = parts[0].resolve() if parts[0].is_symlink() else parts[0]
         if cfg.resume == "never" and any((folder / "checkpoints").glob("*")):
             raise ValueError(
                 f"run.dir={folder} holds a run already, and resume is never: "
@@ -125,7 +126,7 @@ def _record(job: Job, folder: Path, state: State, shown: Progress) -> Record:
         env: Mapping[str, str] = job.launch.env or {}
         facts = {"world": dist.get_world_size(), "data": job.data.describe()}
         try:
-            open_folder(folder, config, facts)
+            open_folder(folder, Path(job.cfg.run.root), config, facts)
             metrics = Metrics(folder / "metrics.jsonl", resume_step=state.step or None)
         except OSError as error:
             raise OSError(f"run.dir={folder} cannot be written: {error.strerror or error}") from error

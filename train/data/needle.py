@@ -35,7 +35,8 @@ class Needle:
         cache: Folder for the tokens of the haystack.
         span: Bytes to repeat, distinct random capitals and digits.
         depth: Where the needle is, 0 at the start to 1 just before the question; None: as said above.
-        curriculum: Pairs of a step and the context from this step on, from step 0; None: `context` always.
+        curriculum: Pairs of a step and the context from this step on, from step 0, `context` at most; None:
+            always `context`.
         haystack_loss: Label the text too.
         held_out: Share of the files of the haystack that is held out.
     """
@@ -79,9 +80,12 @@ class Needle:
         contexts = [whole(f"{said}: the context", context, 2 * self._block) for _, context in curriculum]
         if steps[0] != 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
             raise ValueError(f"{said}: steps must start at 0 and rise")
-        if max(contexts) > self.context:
-            raise ValueError(f"{said}: no context may exceed data.context={self.context}")
-        return steps, contexts
+        return steps, [min(context, self.context) for context in contexts]
+
+    @property
+    def shortest(self) -> int:
+        """The least context that holds the needle and the question."""
+        return 2 * self._block
 
     def __len__(self) -> int:
         """Samples that read the haystack about once; there is no end of samples."""
