@@ -36,7 +36,7 @@ from longspan.train.batch import Batch, Shard, collate, held
 from longspan.train.config import made
 from longspan.train.data.sample import IGNORE
 from longspan.train.job import build, build_model, processes
-from world import Worlds
+from world import RankFailed, Worlds
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 LAYOUTS = sorted({path.stem for path in (CONF / "parallel").glob("*.yaml")} - {"single", "ring"})
@@ -65,6 +65,11 @@ def test_a_ring_trains_as_one_process(once: Once, size: int, placement: str, pac
 @pytest.mark.parametrize("parallel", LAYOUTS)
 def test_every_layout_trains_as_one_process(once: Once, parallel: str) -> None:
     short = (*MASKS.get(parallel, ("mask=causal",)), "train.steps=5")
+    if parallel == "star":
+        # which does not serve several documents in a sequence
+        with pytest.raises(RankFailed, match="Unsupported: parallel=star: under .*Documents"):
+            once(2, "parallel=star", *short)
+        short += ("data=needle", "data.context=256", "data.span=8")
     size = 4 if parallel == "usp" else 2
     assert_same(once(size, f"parallel={parallel}", *short), once(1, "parallel=single", *short))
 
