@@ -168,7 +168,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--case", default="", help="only cases whose description contains this")
     parser.add_argument("--seconds", type=float, default=1.0, help="to spend on timing a case, if it can")
     parser.add_argument("--rounds", type=int, default=20, help="at most, each contender at each case")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU that nothing else uses")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args(given)
 
@@ -196,6 +196,7 @@ def main(given: Sequence[str] | None = None) -> int:
     for entry, names in run(bench, plan, results):
         print(*report.table(results, entry, names, unit), "", sep="\n", flush=True)
         settings["seconds"] = round(time.perf_counter() - start, 1)
+        settings["load_after"] = os.getloadavg()[0]
         # after each case: a run that is stopped keeps what it found
         report.save(path, report.document(results, device, bench.contenders, settings))
     for dropped in results.dropped:
