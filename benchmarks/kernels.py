@@ -140,17 +140,14 @@ def measure(case: Case, who: Sequence[Contender], bench: Bench) -> dict[str, Fou
 
 def timed(attempts: dict[str, Attempt], bench: Bench) -> dict[str, tuple[Both, int]]:
     """Times and rounds of each; in turns, so that what slows the machine slows all of them alike."""
-    clock, readings = bench.clock, {name: [] for name in attempts}  # type: ignore[var-annotated]
-    rounds, start = 3, time.perf_counter()
-    for i in range(bench.rounds):
-        if i >= rounds:
-            break
-        for name, attempt in attempts.items():
-            if not (attempt.slow and i):
-                readings[name].append(clock.time(attempt))
-        if i == 0:
-            clock.wait()
-            rounds = max(3, int(bench.seconds / max(time.perf_counter() - start, 1e-9)))
+    clock = bench.clock
+    readings = {name: [clock.time(attempt)] for name, attempt in attempts.items()}
+    quick = {name: attempt for name, attempt in attempts.items() if not attempt.slow}
+    clock.wait()
+    each = sum(sum(readings[name][0]()) for name in quick) / 1e3
+    for _ in range(max(3, min(bench.rounds, int(bench.seconds / max(each, 1e-9)))) - 1):
+        for name, attempt in quick.items():
+            readings[name].append(clock.time(attempt))
     clock.wait()
     pairs = {name: [read() for read in x] for name, x in readings.items()}
     return {
