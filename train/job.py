@@ -187,7 +187,7 @@ def build(cfg: DictConfig, launch: Launch, device: torch.device) -> Job:
     objective = made(cfg.objective)(model)
     optim: Optim = made(cfg.optim)
     engine: Engine = made(cfg.engine)
-    engine.wrap(objective, optim.build(model), mesh)
+    engine.wrap(objective, optim.build, mesh)
     return Job(cfg, launch, device, ranks, mesh, layout, data, mask, model, objective, engine, optim)
 
 

@@ -110,11 +110,10 @@ def retrieval(
 def _guessed(job: Job, batch: Batch) -> tuple[int, int]:
     placement = place(job.layout, batch, job.mask)
     part = held(job.layout, batch, placement, job.device)
-    asked = part.labels.flatten() != IGNORE
-    with autocast(job), torch.no_grad():
-        hidden: Tensor = job.objective.hidden(part, bind(job.layout, placement))  # type: ignore[operator]
-        guess = job.model.head(hidden[asked]).argmax(-1)  # type: ignore[operator]
-    return int((guess == part.labels.flatten()[asked]).sum()), int(asked.sum())
+    asked = part.labels != IGNORE
+    with autocast(job):
+        guess: Tensor = job.objective.guesses(part, bind(job.layout, placement), asked)  # type: ignore[operator]
+    return int((guess == part.labels[asked]).sum()), int(asked.sum())
 
 
 def text_of(data: Dataset, samples: int) -> bytes:

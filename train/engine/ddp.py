@@ -8,14 +8,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
+
+from .protocol import Build
+from .states import load_state, saved_state
 
 AXES = ("dp", "ring", "head")
 
@@ -30,13 +27,14 @@ class DDP:
             raise ValueError(f"engine.bucket_mb is {bucket_mb}; it must be at least 0")
         self.bucket_mb = bucket_mb
 
-    def wrap(self, objective: nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> None:
+    def wrap(self, objective: nn.Module, build: Build, mesh: DeviceMesh) -> None:
         if mesh["tp"].size() > 1:
             raise ValueError(
                 f"parallel.mesh.tp is {mesh['tp'].size()}; engine=ddp holds whole weights, so it must be 1"
             )
-        self.objective, self.optimizer = objective, optimizer
+        self.objective = objective
         self.model: nn.Module = objective.model  # type: ignore[assignment]
+        self.optimizer = build(self.model)
         self.runner = objective
         if dist.get_world_size() > 1:
             group = mesh[AXES]._flatten("weights").get_group()
@@ -68,19 +66,10 @@ class DDP:
         self.optimizer.zero_grad()
 
     def save(self) -> dict[str, Any]:
-        fresh = not self.optimizer.state
-        optim = get_optimizer_state_dict(self.model, self.optimizer)
-        if fresh:
-            # torch made the state by a step with zero gradients, which a run that starts here must not count
-            self.optimizer.state.clear()
-        return {"model": get_model_state_dict(self.model), "optim": optim["state"]}
+        return saved_state(self.model, self.optimizer)
 
     def load(self, state: dict[str, Any]) -> None:
-        set_model_state_dict(self.model, state["model"])
-        groups = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
-        set_optimizer_state_dict(
-            self.model, self.optimizer, {"state": state["optim"], "param_groups": groups}
-        )
+        load_state(self.model, self.optimizer, state)
 
 
 class _Over(NamedTuple):

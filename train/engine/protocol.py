@@ -2,14 +2,16 @@
 update, its state.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-Optimizer = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]  # from parameter groups
+Build = Callable[
+    [nn.Module], torch.optim.Optimizer
+]  # an optimizer over the parameters as the engine left them
 
 
 class Engine(Protocol):
@@ -17,9 +19,9 @@ class Engine(Protocol):
     never averaged.
     """
 
-    def wrap(self, objective: nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> None:
-        """Takes over a model (inside its objective) and its optimizer; sums gradients over dp x ring x
-        head.
+    def wrap(self, objective: nn.Module, build: Build, mesh: DeviceMesh) -> None:
+        """Takes over a model (inside its objective) and builds its optimizer; gradients will be summed over
+        dp x ring x head.
         """
         ...
 

@@ -43,3 +43,9 @@ class NextToken(nn.Module):
             self.hidden(part, attend), self.model.head.weight, part.labels.flatten(), chunk=self.chunk
         )
         return flat.view_as(part.labels)
+
+    @torch.no_grad()
+    def guesses(self, part: Shard, attend: Attend, asked: Tensor) -> Tensor:
+        """The most likely next token where `asked`, bool [B, N], is true: int64 [asked tokens]."""
+        logits: Tensor = self.model.head(self.hidden(part, attend)[asked.flatten()])
+        return logits.argmax(-1)

@@ -1,0 +1,135 @@
+"""Weights, gradients and optimizer state sharded over the ranks that share them: FSDP2, torch's fully_shard."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
+
+from .protocol import Build
+from .states import load_state, saved_state
+
+DType = Literal["float32", "bfloat16"]
+# what an objective computes besides its forward, with whole weights too
+FORWARDS = ("losses", "guesses")
+
+
+class FSDP:
+    """Each block, and what is around the blocks, is gathered for its work and sharded again (ZeRO-3; Zhao et
+    al. 2023).
+
+    replicate: HSDP, sharded inside the context ranks of a sample and replicated over dp; else sharded over
+    all. param_dtype: what weights are gathered in; reduce_dtype: what gradients are summed in; the shards
+    stay float32. reshard: free a block's weights between forward and backward. prefetch: blocks whose weights
+    are on the way while one works. offload: shards rest in CPU memory.
+    """
+
+    def __init__(
+        self, *, replicate: bool = False, param_dtype: DType = "float32", reduce_dtype: DType = "float32",
+        reshard: bool = True, prefetch: int = 1, offload: bool = False,
+    ) -> None:  # fmt: skip
+        for name, value in (("param_dtype", param_dtype), ("reduce_dtype", reduce_dtype)):
+            if value not in get_args(DType):
+                raise ValueError(f"engine.{name} is {value!r}; it can be float32 or bfloat16")
+        if prefetch < 0:
+            raise ValueError(f"engine.prefetch is {prefetch}; it must be at least 0")
+        self.replicate, self.reshard, self.prefetch, self.offload = replicate, reshard, prefetch, offload
+        # inputs keep their dtype: the angles of positions must not become bfloat16
+        self.precision = MixedPrecisionPolicy(
+            getattr(torch, param_dtype), getattr(torch, reduce_dtype), cast_forward_inputs=False
+        )
+
+    def wrap(self, objective: nn.Module, build: Build, mesh: DeviceMesh) -> None:
+        if mesh["tp"].size() > 1:
+            raise ValueError(
+                f"parallel.mesh.tp is {mesh['tp'].size()}; engine=fsdp does not split layers, so it must be 1"
+            )
+        model: nn.Module = objective.model  # type: ignore[assignment]
+        over, blocks = self._over(mesh), list(model.blocks)  # type: ignore[arg-type]
+        for block in blocks:
+            self._shard(block, over, self.reshard)
+        # what is outside the blocks is used by the objective too, at both ends of its forward
+        self._shard(objective, over, False)
+        for method in FORWARDS:
+            if hasattr(objective, method):
+                register_fsdp_forward_method(objective, method)
+        for module in objective.modules():
+            if isinstance(module, FSDPModule):
+                # each rank's loss is already its share of the global mean: gradients are added, not averaged
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        for i, block in enumerate(blocks if self.prefetch > 1 else ()):
+            block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + self.prefetch])
+            block.set_modules_to_backward_prefetch(blocks[max(0, i - self.prefetch) : i][::-1])
+        assert isinstance(objective, FSDPModule)
+        self.objective, self.model, self.optimizer = objective, model, build(model)
+
+    def backward(self, *inputs: Any, last: bool) -> Tensor:
+        self.objective.set_requires_gradient_sync(last)
+        self.objective.set_is_last_backward(last)
+        loss: Tensor = self.objective(*inputs)
+        loss.backward()
+        return loss.detach()
+
+    def clip(self, most: float) -> float:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = total_norm(grads)
+        if most and norm > most:
+            for grad in grads:
+                _local(grad).mul_(most / (norm + 1e-6))
+        return norm
+
+    def step(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def save(self) -> dict[str, Any]:
+        return saved_state(self.model, self.optimizer)
+
+    def load(self, state: dict[str, Any]) -> None:
+        load_state(self.model, self.optimizer, state)
+
+    def _over(self, mesh: DeviceMesh) -> DeviceMesh:
+        """The ranks that share weights: one axis, or dp that replicates beside the context that shards."""
+        kind, ranks = mesh.device_type, mesh.mesh.squeeze(-1)  # [dp, ring, head]
+        if self.replicate:
+            return DeviceMesh(kind, ranks.flatten(1), mesh_dim_names=("dp", "context"))
+        return DeviceMesh(kind, ranks.flatten(), mesh_dim_names=("weights",))
+
+    def _shard(self, module: nn.Module, over: DeviceMesh, reshard: bool) -> None:
+        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
+        fully_shard(
+            module, mesh=over, reshard_after_forward=reshard, mp_policy=self.precision, offload_policy=offload
+        )
+
+
+def total_norm(grads: Sequence[Tensor]) -> float:
+    """The 2-norm of all gradients together; of a DTensor each rank has only its shard."""
+    squares: dict[tuple[DeviceMesh | None, tuple[Placement, ...]], Tensor] = {}
+    for grad in grads:
+        key = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else (None, ())
+        square = _local(grad).float().square().sum()
+        squares[key] = squares[key] + square if key in squares else square
+    for (mesh, placements), square in squares.items():
+        for axis, placement in enumerate(placements):
+            if mesh is not None and placement.is_shard():
+                dist.all_reduce(square, group=mesh.get_group(axis))
+    return float(sum(float(x) for x in squares.values()) ** 0.5)
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
