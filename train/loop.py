@@ -115,13 +115,12 @@ class Loop:
                 )
             loss += share.double()
         dist.all_reduce(loss)
-        norm = job.engine.clip(job.cfg.train.clip)
         mean = float(loss)
+        norm = job.engine.step(lr, job.cfg.train.clip) if math.isfinite(mean) else math.nan
         if not (math.isfinite(mean) and math.isfinite(norm)):
             raise Diverged(
                 f"step {state.step + 1}: loss {mean}, gradient norm {norm}; weights were left as they were"
             )
-        job.engine.step(lr)
         self.sent, self.stepped = dict(job.layout.traffic.sent), True
         state.step, state.samples = state.step + 1, state.samples + job.global_batch
         state.tokens += int(counts[1])

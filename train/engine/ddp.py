@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from .protocol import Build
-from .states import load_state, saved_state
+from .states import load_state, saved_state, update
 
 AXES = ("dp", "ring", "head")
 
@@ -55,15 +55,10 @@ class DDP:
             loss.backward()
         return loss.detach()
 
-    def clip(self, most: float) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most or float("inf"))
-        return float(norm)
-
-    def step(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def step(self, lr: float, clip: float) -> float:
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip or float("inf")))
+        update(self.optimizer, lr, norm)
+        return norm
 
     def save(self) -> dict[str, Any]:
         return saved_state(self.model, self.optimizer)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from .protocol import Build
-from .states import load_state, saved_state
+from .states import load_state, saved_state, update
 
 DType = Literal["float32", "bfloat16"]
 # what an objective computes besides its forward, with whole weights too
@@ -83,19 +83,14 @@ class FSDP:
         loss.backward()
         return loss.detach()
 
-    def clip(self, most: float) -> float:
+    def step(self, lr: float, clip: float) -> float:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = total_norm(grads)
-        if most and norm > most:
+        if clip and norm > clip:
             for grad in grads:
-                _local(grad).mul_(most / (norm + 1e-6))
+                _local(grad).mul_(clip / (norm + 1e-6))
+        update(self.optimizer, lr, norm)
         return norm
-
-    def step(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def save(self) -> dict[str, Any]:
         return saved_state(self.model, self.optimizer)

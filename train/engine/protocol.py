@@ -31,12 +31,11 @@ class Engine(Protocol):
         """
         ...
 
-    def clip(self, most: float) -> float:
-        """The global gradient norm; gradients are scaled down to `most` if it is greater (0: never)."""
-        ...
-
-    def step(self, lr: float) -> None:
-        """One optimizer step at this learning rate; clears the gradients."""
+    def step(self, lr: float, clip: float) -> float:
+        """One optimizer step at this learning rate, with gradients scaled down to the norm `clip` if theirs is
+        greater (0: never). Returns the norm before; with one that is not finite no weight changes. Clears the
+        gradients.
+        """
         ...
 
     def save(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""The state of a model and its optimizer by parameter name: the same names under every engine."""
+"""An update, and the state of a model and its optimizer by parameter name: the same names under every engine."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+
+
+def update(optimizer: torch.optim.Optimizer, lr: float, norm: float) -> None:
+    """A step of the optimizer, unless the norm of the gradients is not finite; clears them."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
 
 
 def saved_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
