@@ -21,13 +21,14 @@ from torch import Tensor
 
 from longspan.parallel.layout import unshard
 from longspan.train import loop as loops
-from longspan.train.batch import Batch, load, place
+from longspan.train.batch import Tokens, collate, place
 from longspan.train.checkpoint import Checkpoints
 from longspan.train.config import typed
 from longspan.train.data.sample import Dataset
 from longspan.train.job import Job, Launch, build, processes
 from longspan.train.loop import Loop, resume
 from longspan.train.measure import token_losses
+from longspan.train.objective.next_token import NextToken
 from longspan.train.preempt import Preempt
 from longspan.train.progress import Progress
 from longspan.train.record import Record
@@ -96,15 +97,15 @@ def run(rank: int, cfg: DictConfig, folder: Path, stop: int | None = None) -> Ra
     """The loop of a job with its checkpoints in `folder`, from the one that is there on."""
     launch, taken = launch_of(rank), list[Taken]()
 
-    def noted(data: Dataset, wanted: list[int], step: int) -> Batch:
-        batch = load(data, wanted, step)
+    def noted(objective: NextToken, data: Dataset, wanted: list[int], step: int) -> Tokens:
+        batch = collate([data.sample(i, step) for i in wanted])
         taken.extend(Taken(step, i, content(batch, row)) for row, i in enumerate(wanted))
         return batch
 
     with (
         processes(launch, "cpu", 60.0) as device,
         Preempt() as preempt,
-        patch.object(loops, "load", noted),
+        patch.object(NextToken, "load", noted),
         patch.object(loops, "peak_flops", lambda *_: (1e12, "not measured")),
     ):
         job = build(cfg, launch, device)
@@ -114,7 +115,7 @@ def run(rank: int, cfg: DictConfig, folder: Path, stop: int | None = None) -> Ra
         return Ran(record.rows, taken, probe(job))
 
 
-def content(batch: Batch, row: int) -> str:
+def content(batch: Tokens, row: int) -> str:
     parts = (batch.tokens[row], batch.labels[row], batch.previous[row])
     # the starts are padded to the longest list of the micro batch
     starts = [at for at in batch.offsets[row] if at < batch.tokens.shape[1]]
@@ -126,7 +127,7 @@ def probe(job: Job) -> Tensor:
     """The loss of each token of the first held-out sequences, gathered from the ranks that hold them."""
     rows = []
     for index in range(PROBES):
-        batch = load(job.data.held_out(), [index], 0)
+        batch = collate([job.data.held_out().sample(index)])
         losses, _, _ = token_losses(job, batch)
         rows.append(unshard(job.layout, losses, place(job.layout, batch, job.mask), 1)[0])
     return torch.stack(rows)

@@ -1,4 +1,4 @@
-"""Engines: the same losses and gradient norms as one process, under every layout, and each other's checkpoints."""
+"""Engines: losses and gradient norms as of one process under every layout, and each other's checkpoints."""
 
 from pathlib import Path
 

@@ -31,8 +31,7 @@ from longspan.kernels.mask import Mask
 from longspan.models.gpt import GPT
 from longspan.parallel.layout import Layout
 from longspan.parallel.placement import Placement
-from longspan.train import measure
-from longspan.train.batch import Batch, Shard, collate, held
+from longspan.train.batch import Shard, Tokens, collate
 from longspan.train.config import made
 from longspan.train.data.sample import IGNORE
 from longspan.train.job import build, build_model, processes
@@ -178,9 +177,12 @@ def test_ranks_with_different_numbers_of_valid_tokens(
         assert_same_tokens(ran.losses, one[0].losses)
 
 
-def labelled_too_late(layout: Layout, batch: Batch, placement: Placement, device: torch.device) -> Shard:
+held = Tokens.held
+
+
+def labelled_too_late(batch: Tokens, layout: Layout, placement: Placement, device: torch.device) -> Shard:
     """`held` with the fault that design forbids: each rank shifts the tokens that it holds."""
-    part = held(layout, batch, placement, device)
+    part = held(batch, layout, placement, device)
     labels = torch.cat((part.tokens[:, 1:], torch.full_like(part.tokens[:, :1], IGNORE)), 1)
     return replace(part, labels=labels)
 
@@ -192,7 +194,7 @@ def first_losses(rank: int, cfg: DictConfig, fault: bool) -> Tensor:
         job = build(cfg, launch, device)
         if not fault:
             return probe(job)
-        with patch.object(measure, "held", labelled_too_late):
+        with patch.object(Tokens, "held", labelled_too_late):
             return probe(job)
 
 

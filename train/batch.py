@@ -1,6 +1,7 @@
 """Samples -> a batch on every rank of a sequence -> the shard that one rank holds."""
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -10,19 +11,52 @@ from ..kernels.mask import Documents, Mask, Offsets
 from ..models.block import Attend
 from ..parallel.layout import Layout, positions, shard
 from ..parallel.placement import Placement
-from .data.sample import IGNORE, Dataset, Sample
+from .data.sample import IGNORE, Sample
+
+
+class Batch(Protocol):
+    """Whole sequences of `length` tokens, before any sharding, equal on all ranks that share them."""
+
+    @property
+    def rows(self) -> int:
+        """Sequences."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of each, over all ranks."""
+        ...
+
+    @property
+    def valid(self) -> int:
+        """Terms of the loss: what the summed loss is divided by, after adding up over all ranks."""
+        ...
+
+    def mask(self, inner: Mask) -> Mask:
+        """What of a layer's mask is seen, given the documents of this batch."""
+        ...
+
+    def held(self, layout: Layout, placement: Placement, device: torch.device) -> Any:
+        """What this rank holds of it, on `device`: what an objective takes."""
+        ...
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Whole sequences, int64 [B, T]; labels and previous tokens were taken by the data, before any
-    sharding.
-    """
+class Tokens:
+    """Text, int64 [B, T]; labels and previous tokens were taken by the data, before any sharding."""
 
     tokens: Tensor
     labels: Tensor
     previous: Tensor
     offsets: tuple[tuple[int, ...], ...]
+
+    @property
+    def rows(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
 
     @property
     def valid(self) -> int:
@@ -31,10 +65,16 @@ class Batch:
     def mask(self, inner: Mask) -> Documents:
         return Documents(self.offsets, inner=inner)
 
+    def held(self, layout: Layout, placement: Placement, device: torch.device) -> "Shard":
+        tokens, labels, previous = (
+            shard(layout, x, placement, 1).to(device) for x in (self.tokens, self.labels, self.previous)
+        )
+        return Shard(tokens, labels, previous, positions(layout, placement, device), self.offsets)
+
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank holds of a batch, int64 [B, N], at global `positions` int64 [N]."""
+    """What one rank holds of text, int64 [B, N], at global `positions` int64 [N]."""
 
     tokens: Tensor
     labels: Tensor
@@ -43,7 +83,7 @@ class Shard:
     offsets: Offsets
 
 
-def collate(samples: list[Sample]) -> Batch:
+def collate(samples: list[Sample]) -> Tokens:
     """Rows of equal length; document starts padded at the end with the length."""
     length, most = len(samples[0].tokens), max(len(s.offsets) for s in samples)
     offsets = tuple(tuple(s.offsets) + (length,) * (most - len(s.offsets)) for s in samples)
@@ -51,7 +91,7 @@ def collate(samples: list[Sample]) -> Batch:
         torch.from_numpy(np.stack([getattr(s, name) for s in samples]))
         for name in ("tokens", "labels", "previous")
     )
-    return Batch(tokens, labels, previous, offsets)
+    return Tokens(tokens, labels, previous, offsets)
 
 
 def indices(first: int, *, dp: int, rank: int, micro: int, accumulate: int) -> list[list[int]]:
@@ -63,21 +103,9 @@ def indices(first: int, *, dp: int, rank: int, micro: int, accumulate: int) -> l
     return [[first + (a * dp + rank) * micro + i for i in range(micro)] for a in range(accumulate)]
 
 
-def load(data: Dataset, wanted: list[int], step: int) -> Batch:
-    return collate([data.sample(i, step) for i in wanted])
-
-
 def place(layout: Layout, batch: Batch, mask: Mask) -> Placement:
     """Who holds what of this batch."""
-    return layout.place(batch.tokens.shape[1], batch.mask(mask))
-
-
-def held(layout: Layout, batch: Batch, placement: Placement, device: torch.device) -> Shard:
-    """The shard of this rank, on `device`."""
-    tokens, labels, previous = (
-        shard(layout, x, placement, 1).to(device) for x in (batch.tokens, batch.labels, batch.previous)
-    )
-    return Shard(tokens, labels, previous, positions(layout, placement, device), batch.offsets)
+    return layout.place(batch.length, batch.mask(mask))
 
 
 def bind(layout: Layout, placement: Placement) -> Attend:

@@ -11,17 +11,14 @@ import torch.distributed as dist
 from ..kernels.mask import Range
 from ..kernels.span import Span, bounds
 from ..kernels.tile import classify
-from .data.needle import Needle
 from .job import Job
 from .loop import Loop
-from .measure import HeldOut, retrieval, text_of
-from .measure import bounds as text_bounds
-from .pictures import layout_picture, loss_by_position, loss_curve, needle_map
+from .pictures import layout_picture
 from .progress import amount, duration
 from .record import write_json
-from .track import Metrics
 
 GRID = 64  # tiles a side in the picture of a mask
+LAST = ("look closer", "try it")  # what to do next stands at the end
 
 
 def finish(loop: Loop, folder: Path, *, complete: bool) -> dict[str, Any]:
@@ -30,72 +27,34 @@ def finish(loop: Loop, folder: Path, *, complete: bool) -> dict[str, Any]:
     """
     job, state = loop.job, loop.state
     sent = traffic_matrix(job, loop.sent)
-    held = job.data.held_out()
-    samples = len(held) if job.cfg.eval.final is None else min(job.cfg.eval.final, len(held))
-    found = loop.evaluate(samples) if samples else None
-    others: dict[str, float] = {}
+    held = len(job.data.held_out())
+    samples = held if job.cfg.eval.final is None else min(job.cfg.eval.final, held)
     summary: dict[str, Any] = {
         "state": "finished" if complete else "stopped by train.seconds",
         "steps": state.step,
         "tokens": state.tokens,
         "training_seconds": round(state.seconds, 1),
     }
-    accuracy = None
-    if isinstance(job.data, Needle):
-        context = job.data.context
-        depths, lengths = (
-            (0.0, 0.25, 0.5, 0.75, 1.0),
-            [n for n in (context // 4, context // 2, context) if n >= job.data.shortest],
-        )
-        accuracy = retrieval(job, job.data, depths=depths, lengths=lengths, samples=8)
-        summary["retrieval"] = {"depths": depths, "lengths": lengths, "accuracy": accuracy.round(4).tolist()}
+    summary |= loop.judge.finish(loop, folder, samples)
     if dist.get_rank() == 0:
-        if found:
-            text = text_of(held, samples)
-            others = {} if isinstance(job.data, Needle) else text_bounds(text)
-            summary |= {
-                "held_out_bits_per_byte": found.bits_per_byte,
-                "held_out_bytes": len(text),
-                "same_bytes": others,
-            }
         if loop.stepped:  # a finished run that was started again keeps the pictures of its training
-            draw(loop, folder, found, sent, others)
-        if accuracy is not None:
-            path = needle_map(
-                folder / "needle.png",
-                depths=depths,
-                lengths=lengths,
-                accuracy=accuracy,
-                trained=job.data.context,
-            )
-            loop.record.picture("needle", path)
+            draw_layout(loop, folder, sent)
         write_json(folder / "summary.json", summary)
     return summary
 
 
-def draw(loop: Loop, folder: Path, found: HeldOut | None, sent: np.ndarray, others: dict[str, float]) -> None:
-    """The run's pictures, in its folder and in the tracker."""
+def draw_layout(loop: Loop, folder: Path, sent: np.ndarray) -> None:
+    """Who holds what, the mask, and what travels."""
     job = loop.job
-    rows = Metrics.read(folder / "metrics.jsonl")
-    scale = job.data.bytes_per_token * float(np.log(2))
-    rows = [row | {"bits_per_byte": row["loss"] / scale} for row in rows if isinstance(row["loss"], float)]
-    made = {"loss": loss_curve(rows, folder / "loss.png", evals=loop.state.evals, bounds=others)}
     length = job.data.context
     placement = job.layout.place(length, job.mask)
-    edges, values = found.by_position() if found else ([], [])
-    if values:
-        ends = sorted(
-            {s.last + 1 for spans in placement.spans_by_rank for s in spans if s.contiguous} - {length}
-        )
-        made["position"] = loss_by_position(edges, values, folder / "position.png", shard_edges=ends[:64])
     runs = [[(s.start, s.length, s.run, s.step) for s in spans] for spans in placement.spans_by_rank]
-    made["layout"] = layout_picture(
+    path = layout_picture(
         folder / "layout.png", spans_by_rank=runs, length=length, tiles=mask_grid(job, length), sent=sent,
         title=f"{type(job.layout).__name__.lower()} over {job.layout.size} rank(s), a layer, both passes",
         mask=repr(job.mask),
     )  # fmt: skip
-    for name, path in made.items():
-        loop.record.picture(name, path)
+    loop.record.picture("layout", path)
 
 
 def mask_grid(job: Job, length: int) -> np.ndarray:
@@ -124,18 +83,13 @@ def traffic_matrix(job: Job, sent: Mapping[int, int]) -> np.ndarray:
 
 def headline(loop: Loop, summary: dict[str, Any], folder: Path) -> dict[str, str]:
     """The summary for people."""
+    told = loop.judge.headline(summary, folder)
     rows = {
         "trained": f"{summary['steps']} steps, {amount(summary['tokens'])} tokens "
         f"in {duration(summary['training_seconds'])}",
-        "result": f"{summary['held_out_bits_per_byte']:.3f} bits per held-out byte"
-        if "same_bytes" in summary
-        else "",
-        "same bytes": ", ".join(
-            f"{name} {value:.2f}" for name, value in summary.get("same_bytes", {}).items()
-        ),
+        **{name: told[name] for name in told if name not in LAST},
         "pictures": ", ".join(sorted(p.name for p in folder.glob("*.png"))),
         "run folder": str(folder),
-        "look closer": f"longspan evaluate run.dir={folder}",
-        "try it": f"longspan sample run.dir={folder} prompt='def main('",
+        **{name: told[name] for name in told if name in LAST},
     }
     return {name: text for name, text in rows.items() if text}

@@ -19,6 +19,7 @@ from .agree import Ranks
 from .config import made
 from .data.sample import Dataset
 from .engine.protocol import Engine
+from .objective.protocol import Objective
 from .optim import Optim
 
 
@@ -115,7 +116,7 @@ class Job:
     data: Dataset
     mask: Mask
     model: nn.Module
-    objective: nn.Module
+    objective: Objective
     engine: Engine
     optim: Optim
 

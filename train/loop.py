@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 
 from ..kernels.tile import pairs
-from .batch import Batch, bind, held, indices, load, place
+from .batch import Batch, bind, indices, place
 from .checkpoint import Checkpoints, SaveError
 from .job import Job, parameter_counts
-from .measure import HeldOut, autocast, held_out_loss
+from .judge import Judge
+from .measure import autocast
 from .meter import Meter, gpt_flops, peak_flops
 from .preempt import Preempt
 from .record import Record
@@ -51,6 +52,7 @@ class Loop:
             preempt,
             state,
         )
+        self.judge: Judge = job.objective.judge()
         self.saved = state.step
         self.sent: dict[int, int] = {}  # bytes by receiving rank in the last step
         self.stepped = False
@@ -100,7 +102,7 @@ class Loop:
         batches = list(self._batches())
         job.layout.traffic.reset()
         counts = torch.tensor(
-            [sum(b.valid for b in batches), sum(b.labels.numel() for b in batches)], dtype=torch.float64
+            [sum(b.valid for b in batches), sum(b.rows * b.length for b in batches)], dtype=torch.float64
         )
         if job.dp > 1:
             dist.all_reduce(counts, group=job.mesh["dp"].get_group())
@@ -108,7 +110,7 @@ class Loop:
         loss = torch.zeros((), dtype=torch.float64, device=job.device)
         for i, batch in enumerate(batches):
             placement = place(job.layout, batch, job.mask)
-            part = held(job.layout, batch, placement, job.device)
+            part = batch.held(job.layout, placement, job.device)
             with autocast(job):
                 share = job.engine.backward(
                     part, bind(job.layout, placement), valid, last=i == len(batches) - 1
@@ -137,7 +139,7 @@ class Loop:
             micro=train.micro_batch,
             accumulate=train.accumulate,
         ):
-            yield load(job.data, wanted, self.state.step)
+            yield job.objective.load(job.data, wanted, self.state.step)
 
     def _flops(self, batches: list[Batch], tokens: int) -> float:
         """FLOP of the step over all ranks, from the pairs that the masks let through; other dp ranks are
@@ -147,27 +149,22 @@ class Loop:
         visible = 0
         for mask in set(model.masks):
             share = model.masks.count(mask) / len(model.masks)
-            visible += int(
-                share * sum(pairs(b.mask(mask), b.tokens.shape[1], model.kv_heads) for b in batches)
-            )
+            visible += int(share * sum(pairs(b.mask(mask), b.length, model.kv_heads) for b in batches))
         _, rest = parameter_counts(self.job.model)
         if model.head.weight is model.embed.weight:
             rest += model.head.weight.numel()  # the tied table works as the output layer
         return gpt_flops(rest, tokens, model.layers, model.heads, model.head_dim, visible * self.job.dp)
 
-    def evaluate(self, samples: int) -> HeldOut:
-        """Held-out loss on the first `samples` sequences, recorded."""
-        found = held_out_loss(self.job, self.job.data.held_out(), samples)
-        row = {
-            "step": self.state.step,
-            "tokens": self.state.tokens,
-            "eval_loss": found.loss,
-            "bits_per_byte": found.bits_per_byte,
-        }
+    def evaluate(self, samples: int) -> None:
+        """The first `samples` held-out samples, measured and recorded."""
+        self.evaluated(self.judge.held_out(self.job, samples))
+
+    def evaluated(self, values: Mapping[str, float]) -> None:
+        """Records what was measured on held-out data."""
+        row = {"step": self.state.step, "tokens": self.state.tokens, **values}
         self.state.evals.append(row)
-        self.record.evaluated(row)
+        self.record.evaluated(row, self.judge.words(row))
         self.meter.restart()
-        return found
 
     def save(self) -> None:
         """A checkpoint of now, written beside training. One that fails is reported: training goes on."""

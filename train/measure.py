@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .batch import Batch, bind, collate, held, load, place
+from .batch import Tokens, bind, collate, place
 from .data.needle import Needle
 from .data.sample import IGNORE, Dataset
 from .job import Job
@@ -62,14 +62,14 @@ def autocast(job: Job) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def token_losses(job: Job, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def token_losses(job: Job, batch: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """Losses (nats, float32 [B, N]), labels [B, N] and global positions [N] of the tokens held here, on the
     CPU.
     """
     placement = place(job.layout, batch, job.mask)
-    part = held(job.layout, batch, placement, job.device)
+    part = batch.held(job.layout, placement, job.device)
     with autocast(job), torch.no_grad():
-        losses: Tensor = job.objective.losses(part, bind(job.layout, placement))  # type: ignore[operator]
+        losses = job.objective.losses(part, bind(job.layout, placement))
     return losses.float().cpu(), part.labels.cpu(), part.positions.cpu()
 
 
@@ -80,7 +80,7 @@ def held_out_loss(job: Job, data: Dataset, samples: int) -> HeldOut:
     nats, counts = (torch.zeros(data.context, dtype=torch.float64) for _ in range(2))
     job.model.eval()
     for index in range(job.dp_rank, min(samples, len(data)), job.dp):
-        losses, labels, at = token_losses(job, load(data, [index], 0))
+        losses, labels, at = token_losses(job, collate([data.sample(index)]))
         nats.index_add_(0, at, losses.double().sum(0))
         counts.index_add_(0, at, (labels != IGNORE).double().sum(0))
     job.model.train()
@@ -107,12 +107,13 @@ def retrieval(
     return (found[0] / found[1]).numpy()
 
 
-def _guessed(job: Job, batch: Batch) -> tuple[int, int]:
+def _guessed(job: Job, batch: Tokens) -> tuple[int, int]:
     placement = place(job.layout, batch, job.mask)
-    part = held(job.layout, batch, placement, job.device)
+    part = batch.held(job.layout, placement, job.device)
     asked = part.labels != IGNORE
     with autocast(job):
-        guess: Tensor = job.objective.guesses(part, bind(job.layout, placement), asked)  # type: ignore[operator]
+        objective: Any = job.objective
+        guess: Tensor = objective.guesses(part, bind(job.layout, placement), asked)
     return int((guess == part.labels[asked]).sum()), int(asked.sum())
 
 

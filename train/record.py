@@ -39,13 +39,13 @@ class Record:
             self.tracker.log(step, row)
         self.progress.step(step, total, dict(values))
 
-    def evaluated(self, row: Mapping[str, float]) -> None:
+    def evaluated(self, row: Mapping[str, float], words: str) -> None:
         if self.rank:
             return
         if self.tracker:
-            kept: dict[str, Value] = {n: row[n] for n in ("eval_loss", "bits_per_byte")}
+            kept: dict[str, Value] = {n: v for n, v in row.items() if n not in ("step", "tokens")}
             self.tracker.log(int(row["step"]), kept)
-        self.progress.note(f"held out after step {row['step']:.0f}: {row['bits_per_byte']:.3f} bits per byte")
+        self.progress.note(f"held out after step {row['step']:.0f}: {words}")
 
     def note(self, text: str) -> None:
         if not self.rank:

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer state sharded over the ranks that share them: FSDP2, torch's fully_shard."""
+"""FSDP2: weights, gradients and optimizer state sharded over the ranks that share them."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, get_args

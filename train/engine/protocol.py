@@ -32,9 +32,9 @@ class Engine(Protocol):
         ...
 
     def step(self, lr: float, clip: float) -> float:
-        """One optimizer step at this learning rate, with gradients scaled down to the norm `clip` if theirs is
-        greater (0: never). Returns the norm before; with one that is not finite no weight changes. Clears the
-        gradients.
+        """One optimizer step at this learning rate, with gradients scaled down to the norm `clip` if theirs
+        is greater (0: never). Returns the norm before; with one that is not finite no weight changes. Clears
+        the gradients.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""An update, and the state of a model and its optimizer by parameter name: the same names under every engine."""
+"""An update, and the state of model and optimizer by parameter name: the same names under every engine."""
 
 import math
 from typing import Any

@@ -6,7 +6,10 @@ from torch import Tensor, nn
 from ...kernels.loss import linear_cross_entropy, token_losses
 from ...models.block import Attend
 from ...models.gpt import GPT
-from ..batch import Shard
+from ..batch import Shard, Tokens, collate
+from ..data.sample import Dataset
+from ..judge import Judge
+from ..judge_text import TextJudge
 
 
 class NextToken(nn.Module):
@@ -17,6 +20,13 @@ class NextToken(nn.Module):
         if chunk < 1 or z_loss < 0:
             raise ValueError(f"objective.chunk is {chunk}, z_loss {z_loss}; chunk >= 1 and z_loss >= 0")
         self.model, self.chunk, self.z_loss = model, chunk, z_loss
+
+    def load(self, data: Dataset, wanted: list[int], step: int) -> Tokens:
+        """See `Objective`."""
+        return collate([data.sample(i, step) for i in wanted])
+
+    def judge(self) -> Judge:
+        return TextJudge()
 
     def hidden(self, part: Shard, attend: Attend) -> Tensor:
         x: Tensor = self.model(
