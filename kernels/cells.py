@@ -1,12 +1,12 @@
 """Mask x tiles -> cells, each some query tiles by one key tile, judged whole where that says it all."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .mask import Mask, Range, bound_heads
+from .mask import Bound, Mask, Range, bound_heads
 from .span import Spans, positions
 
 HEIGHT = 64  # query tiles in a cell
@@ -60,10 +60,25 @@ def cells(grid: Grid) -> Cells:
     return Cells(len(grid.q.low), whole, torch.cat(mixed, 1), torch.cat(each, 1))
 
 
+def kinds(mask: Mask, kv_heads: int) -> tuple[list[int], list[int]]:
+    """One global kv head of each kind, and of each local head which of these it is like; of a mask that does
+    not tell heads apart, one for all.
+    """
+    heads, of = bound_heads(mask, kv_heads)
+    if not mask.per_head:
+        return [heads[0]], [0]
+    of_kind: dict[Hashable, int] = {}
+    bare = mask.mask if isinstance(mask, Bound) else mask
+    like = [of_kind.setdefault(bare.kind(head, of), len(of_kind)) for head in heads]
+    return [heads[like.index(i)] for i in range(len(of_kind))], like
+
+
 def strips(grid: Grid) -> Iterator[Strip]:
-    """Block after block of query tiles, so that the memory at a time does not grow with their number."""
-    heads, of = bound_heads(grid.mask, grid.kv_heads)
-    head = torch.tensor(heads if grid.mask.per_head else heads[:1], device=grid.q.low.device)
+    """Block after block of query tiles, so that the memory at a time does not grow with their number. Heads
+    are `kinds` of them.
+    """
+    _, of = bound_heads(grid.mask, grid.kv_heads)
+    head = torch.tensor(kinds(grid.mask, grid.kv_heads)[0], device=grid.q.low.device)
     for first in range(0, len(grid.q.low), HEIGHT):
         yield _strip(grid, slice(first, first + HEIGHT), head, of)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cells import kinds
 from .lower import Lowered
 from .mask import Mask, Unsupported
 from .options import AttentionOptions
@@ -108,29 +109,34 @@ def _refuse(q: Tensor, options: AttentionOptions) -> None:
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    """[B, N, H, D] -> [B, H, N, D] in the partial dtype; the operator wants stride 1 in D."""
+    """[B, N, H, D] -> [B, H, N, D] in the partial dtype; contiguous, which is worth the copy: what heads lie
+    between slows the operator down more, and gathering keys most.
+    """
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return [(x if x.stride(-1) == 1 else x.contiguous()).to(dtype).transpose(1, 2) for x in tensors]
+    return [x.to(dtype).transpose(1, 2).contiguous() for x in tensors]
 
 
 def _groups(mask: Mask, low: Lowered, at_q: Spans, at_k: Spans, q_heads: int) -> Iterator[Group]:
     rows, kv_heads = low.tables_q.shape[1], len(low.heads)
-    heads = kv_heads if mask.per_head else 1
+    like = kinds(mask, kv_heads)[1]
+    heads = len(like)
     shares = q_heads // heads, kv_heads // heads
     for row in range(rows):
         batch = slice(row, row + 1) if rows > 1 else slice(None)
         for head in range(heads):
             own, own_kv = (slice(head * n, (head + 1) * n) for n in shares)
-            found = steps(mask, at_q, at_k, kv_heads=kv_heads, group=(row, head))
+            # of heads that see the same, the steps of the first are kept
+            first = like.index(like[head])
+            found = steps(mask, at_q, at_k, kv_heads=kv_heads, group=(row, first))
             yield Group(batch, own, own_kv, found)
 
 
 def _operate(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> tuple[Tensor, Tensor]:
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = operator(q, k, v, 0.0, step.causal, attn_mask=_bias(step, q.dtype), scale=scale)
-    if step.seen is not None:
+    if step.dead is not None:
         # the operator says lse = 0 for a row without keys
-        lse = lse.masked_fill(~step.seen.any(1), float("-inf"))
+        lse = lse.masked_fill(step.dead, float("-inf"))
     return out, lse
 
 
@@ -187,7 +193,7 @@ def _add(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
 def _bias(step: Step, dtype: torch.dtype) -> Tensor | None:
     if step.seen is None:
         return None
-    return torch.zeros(step.seen.shape, dtype=dtype).masked_fill_(~step.seen, float("-inf"))
+    return torch.where(step.seen, torch.zeros((), dtype=dtype), float("-inf"))
 
 
 def _take(x: Tensor, keys: Spans) -> Tensor:

@@ -1,15 +1,15 @@
 """Masks that are said by other masks: the same for some kv heads only, and one for each."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_, or_
 from typing import Any, ClassVar
 
-import triton
 from torch import Tensor
 
+from .jit import jit
 from .mask import UNLIMITED, Bound, Frame, Leaf, Mask, Range, Tree
 
 
@@ -49,6 +49,9 @@ class Composed(Mask):
     def parts(self, of: int) -> Mask:
         """The same mask for `of` global kv heads, in simpler ones."""
 
+    def kind(self, head: int, of: int) -> Hashable:
+        return self.parts(of).kind(head, of)
+
     def lower(self, frame: Frame) -> Tree:
         return self.parts(frame.of).lower(frame)
 
@@ -56,7 +59,7 @@ class Composed(Mask):
         return self.parts(of).classify(q, k, head, of)
 
 
-@triton.jit
+@jit
 def heads_predicate(q, k, h, start, stop):  # type: ignore[no-untyped-def]
     return (h >= start) & (h < stop)
 
@@ -73,6 +76,9 @@ class Heads(Leaf):
 
     def __post_init__(self) -> None:
         require(self, 0, "start", "stop")
+
+    def kind(self, head: int, of: int) -> Hashable:
+        return self.start <= head < self.stop
 
     def parameters(self, of: int) -> tuple[int, ...]:
         return self.start, self.stop
@@ -108,6 +114,10 @@ class PerHead(Composed):
 
     def batch(self) -> int:
         return max(m.batch() for m in self.masks)
+
+    def kind(self, head: int, of: int) -> Hashable:
+        own = self.masks_of(of)[head]
+        return self.masks.index(own), own.kind(head, of)
 
     def masks_of(self, of: int) -> tuple[Mask, ...]:
         """The masks of `of` kv heads; ValueError if there are more or fewer."""

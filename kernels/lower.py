@@ -44,10 +44,13 @@ def visible(low: Lowered) -> Tensor:
     """The predicate on torch tensors: bool, broadcastable to [batch, kv heads, Nq, Nk]."""
     q, k = low.q.long()[None, None, :, None], low.k.long()[None, None, None, :]
     h = torch.tensor(low.heads, device=q.device)[None, :, None, None]
-    return _see(low, low.tree, q, k, h)
+    return see(low, low.tree, q, k, h)
 
 
-def _see(low: Lowered, tree: Tree, q: Tensor, k: Tensor, h: Tensor) -> Tensor:
+def see(low: Lowered, tree: Tree, q: Tensor, k: Tensor, h: Tensor) -> Tensor:
+    """The predicate at positions q [..., Nq, 1], k [..., 1, Nk] and global kv heads h, all of four dims;
+    the tables of `low` are [tables, first dim, Nq or Nk].
+    """
     if tree[0] == "leaf":
         _, jit, first, count = tree
         seen: Tensor = jit.fn(q, k, h, *low.numbers[first : first + count])
@@ -57,6 +60,6 @@ def _see(low: Lowered, tree: Tree, q: Tensor, k: Tensor, h: Tensor) -> Tensor:
             low.tables_q[tree[1]].long()[:, None, :, None],
             low.tables_k[tree[1]].long()[:, None, None, :],
         )
-        return (start_q == start_k) & _see(low, tree[2], q - start_q, k - start_k, h)
-    a, b = (_see(low, part, q, k, h) for part in tree[1:])
+        return (start_q == start_k) & see(low, tree[2], q - start_q, k - start_k, h)
+    a, b = (see(low, part, q, k, h) for part in tree[1:])
     return a & b if tree[0] == "and" else a | b

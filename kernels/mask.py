@@ -1,25 +1,25 @@
 """Which keys a query may see: frozen values over global positions and kv heads, combined with `&` and `|`.
 
 A mask is said three times, each for another reader, and the tests hold the three together: its *predicate*
-(one `triton.jit` function made of operators only, which the reference evaluates on torch tensors and the
+(one `jit` function made of operators only, which the reference evaluates on torch tensors and the
 kernels inline), its *parameters* (run-time numbers, so that no kernel is recompiled when one changes) and its
 *classification* of a tile from the bounds of the positions in it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+from .jit import jit
 
 UNLIMITED = 2**30  # positions are below this, so that sums of two of them fit int32
 
-Tree = tuple[
-    Any, ...
-]  # ("leaf", jit, first parameter, parameters) | ("and" | "or", Tree, Tree) | ("documents", table, Tree)
+# ("leaf", jit, first parameter, parameters) | ("and" | "or", Tree, Tree) | ("documents", table, Tree)
+Tree = tuple[Any, ...]
 
 
 class Unsupported(ValueError):
@@ -53,9 +53,7 @@ class Range(NamedTuple):
 
 @dataclass
 class Frame:
-    """What lowering a mask collects: positions of the held tokens, int64 [1 or batch, tokens], and what it
-    found.
-    """
+    """What lowering a mask collects: positions of the held tokens, int64 [1 or batch, tokens], and finds."""
 
     q: Tensor
     k: Tensor
@@ -67,9 +65,8 @@ class Frame:
 class Mask(ABC):
     """Base of all masks. Predicates see global positions q, k and the global kv head h of `of` kv heads."""
 
-    shift_invariant: ClassVar[bool] = (
-        False  # whether only k - q matters: then a document's inner mask needs no restart
-    )
+    # whether only k - q matters: then a document's inner mask needs no restart
+    shift_invariant: ClassVar[bool] = False
     per_head: bool = False
 
     def __and__(self, other: "Mask") -> "Mask":
@@ -79,14 +76,16 @@ class Mask(ABC):
         return _compose(Or, self, other)
 
     def heads(self, kv_indices: Sequence[int], of: int) -> "Mask":
-        """The same mask for a tensor whose kv head i is the global kv head `kv_indices[i]` of `of`; repeats
-        allowed.
-        """
+        """For a tensor whose kv head i is the global kv head `kv_indices[i]` of `of`; repeats allowed."""
         return Bound(self, tuple(kv_indices), of)
 
     def batch(self) -> int:
         """Rows that the mask tells apart: 1 if it is the same for every row of a batch."""
         return 1
+
+    def kind(self, head: int, of: int) -> Hashable:
+        """Global kv heads of one kind see the same, and share their lists of tiles."""
+        return head if self.per_head else None
 
     @abstractmethod
     def lower(self, frame: Frame) -> Tree:
@@ -94,9 +93,7 @@ class Mask(ABC):
 
     @abstractmethod
     def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
-        """(some, every), bool: `some` false means surely empty, `every` true means surely full. head: int64
-        [1, H, 1, 1].
-        """
+        """(some, every), bool: not `some` is surely empty, `every` surely full. head: int64 [1, H, 1, 1]."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ class Leaf(Mask):
         return ("leaf", type(self).predicate, len(frame.numbers) - len(numbers), len(numbers))
 
 
-@triton.jit
+@jit
 def full_predicate(q, k, h):  # type: ignore[no-untyped-def]
     return (k <= q) | (k > q)
 
@@ -129,7 +126,7 @@ class Full(Leaf):
         return yes, yes
 
 
-@triton.jit
+@jit
 def causal_predicate(q, k, h):  # type: ignore[no-untyped-def]
     return k <= q
 
@@ -145,7 +142,7 @@ class Causal(Leaf):
         return k.low <= q.high, k.high <= q.low
 
 
-@triton.jit
+@jit
 def window_predicate(q, k, h, left, right):  # type: ignore[no-untyped-def]
     return (k >= q - left) & (k <= q + right)
 
@@ -175,7 +172,7 @@ class Window(Leaf):
         return some, every
 
 
-@triton.jit
+@jit
 def first_predicate(q, k, h, n):  # type: ignore[no-untyped-def]
     return k < n
 
@@ -223,9 +220,7 @@ class Documents(Mask):
             if not row or row[0] != 0 or any(a > b for a, b in zip(row, row[1:], strict=False)):
                 raise ValueError(f"Documents.offsets must be sorted starts from 0, got {row[:8]}")
         if len({len(row) for row in rows}) > 1:
-            raise ValueError(
-                "Documents.offsets has rows of different lengths; pad them at the end with the length"
-            )
+            raise ValueError("Documents.offsets has rows of different lengths; pad them with the length")
         if isinstance(self.inner, Bound):
             raise ValueError(
                 "Documents.inner is bound to heads; bind the whole mask instead: Documents(...).heads(...)"
@@ -251,10 +246,11 @@ class Documents(Mask):
         own = len(self.rows()) if isinstance(self.offsets[0], tuple) else 1
         return max(own, self.inner.batch() if self.inner else 1)
 
+    def kind(self, head: int, of: int) -> Hashable:
+        return None if self.inner is None else self.inner.kind(head, of)
+
     def starts(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        """Start and number of the document at each position: at int64 [1 or batch, ...] -> two int64 [rows or
-        batch, ...].
-        """
+        """Start and number of the document at each position, int64 [1 or batch, ...], of each row."""
         offsets = torch.tensor(self.rows(), device=at.device)
         rows = max(offsets.shape[0], at.shape[0])
         offsets, at = offsets.expand(rows, -1).contiguous(), at.expand(rows, *at.shape[1:])
@@ -280,8 +276,7 @@ class Documents(Mask):
         if self.inner is None:
             return some, every
         if not self.inner.shift_invariant:
-            # a tile that spans documents holds positions from 0; its greatest is bounded by the one before
-            # the cut
+            # a tile that spans documents holds positions from 0, and none beyond the greatest before a cut
             q = self._within(q, Range(torch.where(a == b, q.low - q0, 0), q.high - q0))
             k = self._within(k, Range(torch.where(c == d, k.low - k0, 0), k.high - k0))
         inner_some, inner_every = self.inner.classify(q, k, head, of)
@@ -315,6 +310,9 @@ class _Pair(Mask):
 
     def batch(self) -> int:
         return max(self.left.batch(), self.right.batch())
+
+    def kind(self, head: int, of: int) -> Hashable:
+        return self.left.kind(head, of), self.right.kind(head, of)
 
     def lower(self, frame: Frame) -> Tree:
         return (self.word, self.left.lower(frame), self.right.lower(frame))

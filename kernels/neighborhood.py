@@ -6,10 +6,10 @@ from itertools import product
 from math import prod
 from typing import Any, ClassVar
 
-import triton
 from torch import Tensor
 
 from .heads import Composed, both, integers, require, within
+from .jit import jit
 from .mask import UNLIMITED, Frame, Leaf, Mask, Range, Tree
 from .patterns import same_block
 from .span import Span, Spans, positions
@@ -39,7 +39,7 @@ class Coordinate:
         return self(x.low).where(alike, 0), self(x.high).where(alike, most)
 
 
-@triton.jit
+@jit
 def residue_predicate(q, k, h, inner, size, dilation):  # type: ignore[no-untyped-def]
     return q // inner % size % dilation == k // inner % size % dilation
 
@@ -61,7 +61,7 @@ class Residue(Leaf):
         return same_block(along.span(q), along.span(k))
 
 
-@triton.jit
+@jit
 def near_predicate(q, k, h, inner, size, window, dilation, stride):  # type: ignore[no-untyped-def]
     xq, xk = q // inner % size // dilation, k // inner % size // dilation
     last = (size - 1 - k // inner % size % dilation) // dilation
@@ -71,7 +71,7 @@ def near_predicate(q, k, h, inner, size, window, dilation, stride):  # type: ign
     return after & ((xk < window) | (xk + window // 2 < leader + window))
 
 
-@triton.jit
+@jit
 def before_predicate(q, k, h, inner, size, window, dilation, stride):  # type: ignore[no-untyped-def]
     xq, xk = q // inner % size // dilation, k // inner % size // dilation
     last = (size - 1 - k // inner % size % dilation) // dilation
@@ -186,7 +186,7 @@ class Neighborhood(Composed):
         return super().classify(q, k, head, of)
 
 
-@triton.jit
+@jit
 def frames_predicate(q, k, h, tokens):  # type: ignore[no-untyped-def]
     return k // tokens <= q // tokens
 
@@ -209,7 +209,7 @@ class Frames(Leaf):
         return k_low <= q_high, k_high <= q_low
 
 
-@triton.jit
+@jit
 def frame_tiles_predicate(q, k, h, tokens, every):  # type: ignore[no-untyped-def]
     fq, fk = q // tokens, k // tokens
     return (fq == fk) | (fq % every == 0) | (fk % every == 0)

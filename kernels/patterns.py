@@ -1,17 +1,18 @@
 """Sparse masks over blocks: strided (S2), anchored (star), shifted and permuted; and a model's, by layer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import triton
 from torch import Tensor
 
 from .heads import Composed, Heads, PerHead, integers, require, within
+from .jit import jit
+from .layers import PerLayer
 from .mask import UNLIMITED, And, Causal, Documents, Frame, Full, Leaf, Mask, Or, Range, Tree, Window
 
 
-@triton.jit
+@jit
 def tail_predicate(q, k, h, start):  # type: ignore[no-untyped-def]
     return q >= start
 
@@ -33,7 +34,7 @@ class Tail(Leaf):
         return q.high >= self.start, q.low >= self.start
 
 
-@triton.jit
+@jit
 def strided_predicate(q, k, h, block, local, stride, step, offset, dense):  # type: ignore[no-untyped-def]
     near = (q // block - k // block < local) & (k // block - q // block < local)
     return near | ((k // block + h * step + offset) % stride == 0) | (h < dense)
@@ -70,6 +71,9 @@ class Strided(Leaf):
         """Blocks between what a kv head and the next one see."""
         return max(1, self.stride // of)
 
+    def kind(self, head: int, of: int) -> Hashable:
+        return -1 if head < self.dense_heads else (head * self.step(of) + self.offset) % self.stride
+
     def parameters(self, of: int) -> tuple[int, ...]:
         offset = self.offset % self.stride
         return self.block, self.local, self.stride, self.step(of), offset, self.dense_heads
@@ -104,7 +108,7 @@ def same_block(q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor]) -> tuple[Tens
     return (q[0] <= k[1]) & (k[0] <= q[1]), (q[0] == k[1]) & (k[0] == q[1])
 
 
-@triton.jit
+@jit
 def anchored_predicate(q, k, h, block, anchor, context):  # type: ignore[no-untyped-def]
     return (q // block == k // block) | (k < anchor) | (q >= context)
 
@@ -133,7 +137,7 @@ class Anchored(Leaf):
         return some, every | (k.high < self.anchor) | (q.low >= self.context)
 
 
-@triton.jit
+@jit
 def chunks_predicate(q, k, h, chunk, shift):  # type: ignore[no-untyped-def]
     return (q + shift) // chunk == (k + shift) // chunk
 
@@ -184,7 +188,7 @@ class Shifted(Composed):
         return PerHead(tuple(Chunks(self.chunk, self.shifts[h * groups // of]) for h in range(of)))
 
 
-@triton.jit
+@jit
 def permutation_predicate(q, k, h, block, blocks):  # type: ignore[no-untyped-def]
     return k // block == (q // block + h) % blocks
 
@@ -207,6 +211,9 @@ class BlockPermutation(Leaf):
     def per_head(self) -> bool:  # type: ignore[override]
         return self.blocks > 1
 
+    def kind(self, head: int, of: int) -> Hashable:
+        return head % self.blocks
+
     def parameters(self, of: int) -> tuple[int, ...]:
         return self.block, self.blocks
 
@@ -228,15 +235,16 @@ def layered(mask: Mask, layers: int, kv_heads: int) -> tuple[Mask, ...]:
     """A mask for each layer, so that the heads of all layers together see the whole context.
 
     Layer l adds l % max(1, stride // kv_heads) to the offset of each `Strided` in the mask. ValueError if
-    blocks are left unseen all the same and no head is dense.
+    blocks are left unseen all the same and no head is dense. Of a `PerLayer` each layer gets its part,
+    for which the layers that share it count alone.
     """
-    if not any(_dense(mask, h, kv_heads) for h in range(kv_heads)):
+    if not any(_dense(mask, h, kv_heads, layers) for h in range(kv_heads)):
         _check_coverage(mask, range(kv_heads), kv_heads, layers)
     return tuple(_at_layer(mask, layer, kv_heads) for layer in range(layers))
 
 
-def _dense(mask: Mask, h: int, of: int) -> bool:
-    """Whether kv head h sees all that came before."""
+def _dense(mask: Mask, h: int, of: int, layers: int) -> bool:
+    """Whether kv head h sees all that came before in some layer."""
     match mask:
         case Full() | Causal() | Window(left=None) | Documents(inner=None):
             return True
@@ -245,13 +253,16 @@ def _dense(mask: Mask, h: int, of: int) -> bool:
         case Strided():
             return mask.stride == 1 or h < mask.dense_heads
         case And(left, right):
-            return _dense(left, h, of) and _dense(right, h, of)
+            return _dense(left, h, of, layers) and _dense(right, h, of, layers)
         case Or(left, right):
-            return _dense(left, h, of) or _dense(right, h, of)
+            return _dense(left, h, of, layers) or _dense(right, h, of, layers)
         case Documents(inner=Mask() as inner):
-            return _dense(inner, h, of)
+            return _dense(inner, h, of, layers)
+        case PerLayer():
+            parts = zip((mask.most, mask.rest), mask.layers(layers), strict=True)
+            return any(n > 0 and _dense(m, h, of, n) for m, n in parts)
         case PerHead():
-            return _dense(mask.masks_of(of)[h], h, of)
+            return _dense(mask.masks_of(of)[h], h, of, layers)
     return False
 
 
@@ -272,6 +283,10 @@ def _check_coverage(mask: Mask, heads: Sequence[int], of: int, layers: int) -> N
                 _check_coverage(part, heads, of, layers)
         case Documents(inner=Mask() as inner):
             _check_coverage(inner, heads, of, layers)
+        case PerLayer():
+            for part, n in zip((mask.most, mask.rest), mask.layers(layers), strict=True):
+                if n:
+                    _check_coverage(part, heads, of, n)
         case PerHead():
             masks = mask.masks_of(of)
             for part in dict.fromkeys(masks):
@@ -288,6 +303,8 @@ def _at_layer(mask: Mask, layer: int, kv_heads: int) -> Mask:
             )
         case Documents(inner=Mask() as inner):
             return replace(mask, inner=_at_layer(inner, layer, kv_heads))
+        case PerLayer():
+            return _at_layer(*mask.at(layer), kv_heads)
         case PerHead(masks):
             return PerHead(tuple(_at_layer(m, layer, kv_heads) for m in masks))
     return mask

@@ -21,6 +21,8 @@ class Span:
     step: int | None = None
 
     def __post_init__(self) -> None:
+        if not all(x is None or isinstance(x, int) for x in (self.start, self.length, self.run, self.step)):
+            raise ValueError(f"{self}: positions are integers")
         if (self.run is None) != (self.step is None):
             raise ValueError(f"{self}: give both run and step, or neither for contiguous positions")
         if self.start < 0 or self.length < 0:

@@ -23,6 +23,7 @@ class Step(NamedTuple):
     keys: Spans
     causal: bool = False  # the i-th of the rows sees the j-th of the keys iff j <= i
     seen: Tensor | None = None  # bool [rows, keys]; None: what `causal` says
+    dead: Tensor | None = None  # bool [rows]: those of which `seen` is false throughout; None: no row is
 
 
 class Grid(NamedTuple):
@@ -53,11 +54,11 @@ def _kept(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, group: tuple[int,
 
 
 def _made(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, group: tuple[int, int]) -> Iterator[Step]:
-    grid = _grid(mask, at_q, at_k, kv_heads, group)
+    grid, fine = (_grid(mask, at_q, at_k, kv_heads, group, share) for share in (1, 4))
     first = 0
     last: Tensor | None = None
     while first < len(grid.q) - 1:
-        count, found = _next_steps(grid, first)
+        count, found = _next_steps(grid, fine, first)
         for step in found:
             # windows look alike in every row: hold the mask once
             alike = step.seen is not None and last is not None and torch.equal(step.seen, last)
@@ -66,7 +67,8 @@ def _made(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, group: tuple[int,
         first += count
 
 
-def _grid(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, group: tuple[int, int]) -> Grid:
+def _grid(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, group: tuple[int, int], share: int) -> Grid:
+    """Square tiles, or a `share` of each along the keys."""
     low = lower(mask, at_q, at_k, kv_heads, torch.device("cpu"))
     row, head = group
     low = low._replace(
@@ -76,7 +78,7 @@ def _grid(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, group: tuple[int,
     )
     tile = 128 if max(len(low.q), len(low.k)) <= 2048 else 256
     q = _borders(low.q, low.tables_q, (at_q, at_k), tile)
-    k = _borders(low.k, low.tables_k, (at_k, at_q), tile)
+    k = _borders(low.k, low.tables_k, (at_k, at_q), tile // share)
     some, every = classify(mask, _range(low.q, q), _range(low.k, k), kv_heads)
     some, every = some[row, head], every[row, head]
     return Grid(low, q, k, every, some & ~every)
@@ -107,11 +109,13 @@ def _range(at: Tensor, borders: list[int]) -> Range:
     return Range(held.amin(1), held.amax(1), held[None])
 
 
-def _next_steps(grid: Grid, i: int) -> tuple[int, list[Step]]:
-    """How many rows of tiles, from row i, and the steps that do them."""
+def _next_steps(grid: Grid, fine: Grid, i: int) -> tuple[int, list[Step]]:
+    """How many rows of tiles, from row i, and the steps that do them; `fine` has the same rows, and columns
+    that follow the mask more closely.
+    """
     n = _triangle(grid, i)
     if not n and grid.partial[i].any():
-        return 1, _masked(grid, i)
+        return 1, _masked(fine, i)
     found = []
     if n:
         first = int(grid.partial[i].nonzero()[0])
@@ -164,10 +168,12 @@ def _masked(grid: Grid, i: int) -> list[Step]:
     """The steps of one row of tiles with partial ones among them."""
     rows, full, partial = _rows(grid, i, 1), grid.full[i], grid.partial[i]
     size = torch.tensor(grid.k).diff()
-    apart = bool(size[full].sum() > 4 * size[partial].sum())
-    # over many full tiles one more call costs less than a mask
+    apart = bool(size[full].sum() > size[partial].sum())
+    # over most of the keys one more call costs less than a mask
     found = [Step(rows, _keys(grid, _columns(full)))] if apart else []
     columns = _columns(partial if apart else partial | full)
+    if not columns:
+        return found
     height = rows.stop - rows.start
     known = torch.ones(height, int(size.max()), dtype=torch.bool)
     seen = torch.cat([known[:, : size[j]] if full[j] else _seen(grid, i, j) for j in columns], 1)
@@ -178,8 +184,10 @@ def _masked(grid: Grid, i: int) -> list[Step]:
     seen = seen[:, alive[0] : alive[-1] + 1]
     if seen.all():
         return [*found, Step(rows, keys)]
-    causal = seen.shape[1] == height and torch.equal(seen, _tril(height))
-    return [*found, Step(rows, keys, causal, None if causal else seen)]
+    if seen.shape[1] == height and torch.equal(seen, _tril(height)):
+        return [*found, Step(rows, keys, causal=True)]
+    dead = ~seen.any(1)
+    return [*found, Step(rows, keys, seen=seen, dead=dead if dead.any() else None)]
 
 
 def _rows(grid: Grid, i: int, n: int) -> slice:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cells import Grid, cells, held, strips
+from .cells import Grid, cells, held, kinds, strips
 from .lists import ranges
 from .lower import Lowered, lower, visible
 from .mask import Documents, Full, Mask, Range, bound_heads
@@ -71,9 +71,13 @@ def tiles(
     # only the end of the columns matters: the kernels guard their own rows at all times
     short = transpose and total(at_q) % size[0] > 0, not transpose and total(at_k) % size[1] > 0
     found = cells(Grid(mask, held(at_q, size[0], device), held(at_k, size[1], device), kv_heads, short))
-    batch, heads, _, keys = found.whole.shape
+    batch, _, _, keys = found.whole.shape
     rows, columns = (keys, found.rows) if transpose else (found.rows, keys)
-    return _ordered(batch, heads, rows, columns, *ranges(found, transpose))
+    full, partial, index = ranges(found, transpose)
+    # heads that see the same have the same ranges of one index
+    like = torch.tensor(kinds(mask, kv_heads)[1], device=device)
+    full, partial = (x.view(batch, -1, rows, 2)[:, like].flatten(0, 2) for x in (full, partial))
+    return _ordered(batch, len(like), rows, columns, full, partial, index)
 
 
 def chosen(some: Tensor, every: Tensor) -> Tiles:

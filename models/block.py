@@ -1,5 +1,6 @@
 """The parts that models share: what attends, grouped-query attention, and the gated MLP."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch.nn.functional as F
@@ -17,6 +18,14 @@ class Attend(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """q [B, T, Hq, D], k, v [B, T, Hkv, D] -> [B, T, Hq, D]."""
         ...
+
+
+Attends = Attend | Sequence[Attend]  # one for all layers, or several that take turns
+
+
+def attend_of(attends: Attends, layer: int) -> Attend:
+    """What attends in a layer."""
+    return attends[layer % len(attends)] if isinstance(attends, Sequence) else attends
 
 
 class HeadNorm(nn.RMSNorm):

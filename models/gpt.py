@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.mask import Causal, Documents, Mask, Offsets
 from ..kernels.patterns import layered
-from .block import Attend, Attention, SwiGLU
+from .block import Attend, Attends, Attention, SwiGLU, attend_of
 from .rope import Rope
 
 
@@ -99,14 +99,15 @@ class GPT(nn.Module):
             nn.init.normal_(self.mix.weight, std=self.mix.in_features**-0.5)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, attend: Attend, *, offsets: Offsets | None = None,
+        self, tokens: Tensor, positions: Tensor, attend: Attends, *, offsets: Offsets | None = None,
         previous: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """tokens int64 [B, T] held here at global `positions` int64 [T] -> hidden states [B, T, dim] for
         `head`.
 
-        offsets: starts of packed documents in the whole sequence (see `Documents`). previous: the token
-        before each one in its document, -1 for none; needed with predecessor=True.
+        attend: one for all layers, or several that take turns. offsets: starts of packed documents in the
+        whole sequence (see `Documents`). previous: the token before each one in its document, -1 for none;
+        needed with predecessor=True.
         """
         x = self.embed(tokens)
         if self.mix is not None:
@@ -115,11 +116,12 @@ class GPT(nn.Module):
             before = self.embed(previous.clamp_min(0)) * (previous >= 0)[..., None]
             x = x + self.mix(before)
         angles = self.rope.angles(positions, self.head_dim)
-        for block, mask in zip(self.blocks, self.masks, strict=True):
+        for layer, (block, mask) in enumerate(zip(self.blocks, self.masks, strict=True)):
+            here = attend_of(attend, layer)
             seen = mask if offsets is None else Documents(offsets, inner=mask)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, angles, attend, seen, use_reentrant=False)
+                x = checkpoint(block, x, angles, here, seen, use_reentrant=False)
             else:
-                x = block(x, angles, attend, seen)
+                x = block(x, angles, here, seen)
         y: Tensor = self.norm(x)
         return y

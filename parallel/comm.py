@@ -1,4 +1,7 @@
-"""Moving tensors between the ranks of a layout, and counting what was moved."""
+"""Moving tensors between the ranks of a layout, and counting what was moved.
+
+Nothing here waits longer than the timeout of the process group: a rank that fails raises on the others too.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -35,20 +38,40 @@ class Traffic:
 
 class Pending:
     """Posted transfers. The tensors stay alive until `wait`, which also the sender must call before reusing
-    them.
+    them: so no allocator can give their memory away while another stream still reads or writes it.
     """
 
-    def __init__(self, works: list[dist.Work], tensors: list[Tensor]) -> None:
-        self._works, self._tensors = works, tensors
+    def __init__(
+        self,
+        works: Sequence[dist.Work] = (),
+        tensors: Sequence[Tensor] = (),
+        landings: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> None:
+        """landings: (on the host, on the device), what must still be copied when it has arrived."""
+        self._works, self._tensors, self._landings = works, tensors, landings
 
     def wait(self) -> None:
-        """Returns when everything posted has been sent and received."""
+        """Returns when everything posted has been sent and received. RuntimeError after the timeout of the
+        group.
+
+        On NCCL the host does not wait: the current stream does, for the stream of the group.
+        """
         for work in self._works:
             work.wait()
-        self._works, self._tensors = [], []
+        for host, x in self._landings:
+            x.copy_(host)
+        self._works, self._tensors, self._landings = (), (), ()
 
 
 Edge = tuple[Tensor, int]  # contiguous tensor, peer's rank in the group
+
+
+def staged(group: dist.ProcessGroup, x: Tensor) -> bool:
+    """Whether `x` must travel by way of the host: gloo's point-to-point reads and writes host memory only."""
+    if x.device.type == "cpu":
+        return False
+    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
+    return backends.get(x.device.type) == "gloo"
 
 
 def post(
@@ -57,19 +80,31 @@ def post(
     """Starts point-to-point transfers with ranks of `group`; messages between two ranks arrive in the order
     of posting.
 
-    Both ends must derive the edge from the same data: a send without its receive never ends.
+    Both ends must derive the edge from the same data: a send without its receive never ends. NCCL moves the
+    data on a stream of its own, which starts after what the current stream was given so far: work that is
+    given to the current stream between `post` and `wait` runs beside the transfer. Gloo moves it on a thread
+    of its own; from and to a device by way of the host, for which the host waits here.
     """
-    operations = []
-    for kind, edges in ((dist.isend, sends), (dist.irecv, receives)):
-        for x, peer in edges:
-            assert x.is_contiguous()
-            if x.numel():
-                operations.append(dist.P2POp(kind, x, group=group, group_peer=peer))
+    operations: list[dist.P2POp] = []
+    kept: list[Tensor] = []
+    landings: list[tuple[Tensor, Tensor]] = []
     for x, peer in sends:
+        assert x.is_contiguous()
         if x.numel():
+            here = _on_host(x).copy_(x) if staged(group, x) else x
+            operations.append(dist.P2POp(dist.isend, here, group=group, group_peer=peer))
             traffic.add(peer, x.numel() * x.element_size())
-    works = dist.batch_isend_irecv(operations) if operations else []
-    return Pending(works, [x for x, _ in (*sends, *receives)])
+            kept.append(here)
+    for x, peer in receives:
+        assert x.is_contiguous()
+        if x.numel():
+            here = x
+            if staged(group, x):
+                here = _on_host(x)
+                landings.append((here, x))
+            operations.append(dist.P2POp(dist.irecv, here, group=group, group_peer=peer))
+            kept.append(here)
+    return Pending(dist.batch_isend_irecv(operations) if operations else [], kept, landings)
 
 
 def trade(
@@ -81,16 +116,27 @@ def trade(
     """One all-to-all: `outgoing[r]` are tensors for rank r, `shapes[r]` those of what rank r sends here; one
     dtype for all.
 
-    Splits may be uneven or empty. What a rank keeps for itself is not counted as sent.
+    Splits may be uneven or empty. What a rank keeps for itself is not counted as sent. RuntimeError after the
+    timeout of the group.
     """
     rank, like = dist.get_rank(group), outgoing[0][0]
     counts = [sum(x.numel() for x in part) for part in outgoing]
     flat = torch.cat([x.reshape(-1) for part in outgoing for x in part])
     sizes = [[prod(shape) for shape in part] for part in shapes]
     received = like.new_empty(sum(map(sum, sizes)))
-    dist.all_to_all_single(received, flat, [sum(s) for s in sizes], counts, group=group)
+    indirect = staged(group, like)
+    into = _on_host(received) if indirect else received
+    dist.all_to_all_single(
+        into, _on_host(flat).copy_(flat) if indirect else flat, [sum(s) for s in sizes], counts, group=group
+    )
+    if indirect:
+        received.copy_(into)
     for peer, count in enumerate(counts):
         if peer != rank and count:
             traffic.add(peer, count * like.element_size())
     pieces = iter(received.split([n for part in sizes for n in part]))
     return [[next(pieces).view(shape) for shape in part] for part in shapes]
+
+
+def _on_host(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.device.type == "cuda")

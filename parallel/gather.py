@@ -11,6 +11,7 @@ from ..kernels.options import AttentionOptions
 from ..kernels.span import Spans
 from .comm import Edge, Traffic, post
 from .halves import Joined, Saved, Triple
+from .mesh import axis_group
 from .placement import Placement, named
 from .ring import Route, route
 
@@ -28,13 +29,13 @@ class Gather(Joined):
     ) -> None:
         if heads_at_once < 0:
             raise ValueError(f"parallel.layout.heads_at_once is {heads_at_once}; it must be 0 (all) or more")
-        self.group = mesh.get_group(axis)
+        self.group = axis_group(mesh, axis)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.traffic, self.heads_at_once = Traffic(), heads_at_once
         self._place = named(placement)
 
     def place(self, length: int, mask: Mask) -> Placement:
-        return self._place(length, self.size)
+        return self._place(length, self.size, mask)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, options: AttentionOptions
@@ -48,6 +49,8 @@ class Gather(Joined):
             out, lse = forward(q[:, :, q_heads], kv[0], kv[1], bound, mine, at, options=options)
             outs.append(out)
             lses.append(lse)
+            # else it would be alive while the next group's keys come
+            del kv
         whole = None if lses[0] is None else torch.cat([x for x in lses if x is not None], 1)
         return torch.cat(outs, 2), whole, (q, k, v, whole)
 
@@ -83,7 +86,10 @@ class Gather(Joined):
                 options=options,
             )
             dq[:, :, q_heads] = part[0]
+            # else they would be alive while the next group's keys come
+            del kv
             dkv[:, :, :, kv_heads] = self._give_back(torch.stack(part[1:]), placement, way)
+            del part
         return dq, dkv[0], dkv[1]
 
     def _groups(self, q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:

@@ -1,5 +1,5 @@
-"""The two halves of a layout, forward and backward without autograd, and the one autograd function that
-joins them.
+"""The two halves of a layout, forward and backward without autograd, and the autograd functions that join
+them: alone, and with joint tokens.
 """
 
 from typing import Any, Protocol
@@ -10,7 +10,9 @@ from torch import Tensor
 from ..kernels.attention import check, partial_dtype, row_delta
 from ..kernels.mask import Mask
 from ..kernels.options import AttentionOptions
+from .joint import Joining, Joint, Team, check_joint, weighted
 from .placement import Placement
+from .refuse import refuse_misfits
 
 DEFAULT = AttentionOptions()
 Saved = tuple[Tensor | None, ...]
@@ -27,9 +29,15 @@ class Halves(Protocol):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, options: AttentionOptions
     ) -> tuple[Tensor, Tensor | None, Saved]:
-        """(out [B, N, Hq, D], lse [B, Hq, N] or None, what backward needs), the first two in the partial
-        dtype.
+        """(out [B, N, Hq, D], lse [B, Hq, N] or None, what backward needs), lse in the partial dtype, and
+        out too unless it had to travel.
         """
+        ...
+
+    def partial(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, options: AttentionOptions
+    ) -> tuple[Tensor, Tensor | None, Saved]:
+        """`forward` for rows into which more will be merged: out in the partial dtype always."""
         ...
 
     def backward(
@@ -69,17 +77,63 @@ class _Joined(torch.autograd.Function):
         return dq.to(out.dtype), dk.to(dtype), dv.to(dtype), None, None, None, None
 
 
+class _Beside(torch.autograd.Function):
+    """`_Joined` with joint tokens before the sequence."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, jq: Tensor, jk: Tensor, jv: Tensor, halves: Halves,
+        mask: Mask, placement: Placement, joining: Joining,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        out, own, saved = halves.partial(q, k, v, mask, placement, joining.options)
+        out, lse = joining.forward((q, k, v), Joint(jq, jk, jv), (out, own))
+        out = out.to(q.dtype)
+        ctx.save_for_backward(out, lse, own, q, k, v, jq, jk, jv, *saved)
+        ctx.rest = halves, mask, placement, joining
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, lse, own, q, k, v, *rest = ctx.saved_tensors
+        halves, mask, placement, joining = ctx.rest
+        joint, saved, n = Joint(*rest[:3]), tuple(rest[3:]), rest[0].shape[1]
+        dout, dlse = joining.upstream(dout, dlse, n)
+        delta = row_delta(dout, out.to(dout.dtype), lse, dlse)
+        local, shares = joining.backward(dout, delta, (q, k, v), joint, lse)
+        mine = dout[:, n:], None if delta is None else delta[:, :, n:]
+        if own is not None:
+            mine = weighted(mine, own, lse[:, :, n:])
+        found = halves.backward(mine[0].to(q.dtype), mine[1], saved, mask, placement, joining.options)
+        grads = (*(a + b for a, b in zip(found, local, strict=True)), *shares)
+        return *(g.to(q.dtype) for g in grads), None, None, None, None
+
+
 class Joined:
     """Gives a layout with halves its differentiable `attention`."""
 
     rank: int
 
+    def partial(
+        self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement,
+        options: AttentionOptions,
+    ) -> tuple[Tensor, Tensor | None, Saved]:  # fmt: skip
+        """See `Halves.partial`; for a layout whose `forward` never rounds."""
+        found: tuple[Tensor, Tensor | None, Saved] = self.forward(q, k, v, mask, placement, options)
+        return found
+
     def attention(
         self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, *,
-        options: AttentionOptions = DEFAULT,
+        options: AttentionOptions = DEFAULT, joint: Joint | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """See `Layout.attention`."""
+        refuse_misfits(self.size, q, k, mask, placement)
         at = placement.spans_by_rank[self.rank]
         check(q, k, v, at, at)
-        result: tuple[Tensor, Tensor | None] = _Joined.apply(q, k, v, self, mask, placement, options)
+        result: tuple[Tensor, Tensor | None]
+        if joint is None:
+            result = _Joined.apply(q, k, v, self, mask, placement, options)
+        else:
+            check_joint(joint, q, k)
+            joining = Joining(Team(self.group, self.rank, self.size, self.traffic), at, options)
+            result = _Beside.apply(q, k, v, *joint, self, mask, placement, joining)
         return result

@@ -10,6 +10,7 @@ from ..kernels.mask import Mask
 from ..kernels.options import AttentionOptions
 from ..kernels.span import positions as span_positions
 from .comm import Traffic
+from .joint import Joint
 from .placement import Placement
 
 DEFAULT = AttentionOptions()
@@ -46,9 +47,17 @@ class Layout(Protocol):
         placement: Placement,
         *,
         options: AttentionOptions = DEFAULT,
+        joint: Joint | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Local q [B, N, Hq, D], k, v [B, N, Hkv, D] -> (out like q, lse [B, Hq, N] or None for sigmoid),
-        differentiable.
+        differentiable; with J joint tokens their rows come first, [B, J + N, Hq, D] and [B, Hq, J + N].
+
+        Each joint token sees every token, joint or not, and is seen by every query, whatever the mask, which
+        is about the sequence alone. Their rows are the same bits on every rank. *Gradients of what is
+        replicated are shares.* Upstream: the loss is the sum of the ranks' losses, so a rank gives what its
+        own loss makes of the joint rows (zeros, if another rank's takes them), and it is summed over the
+        ranks here. Downstream: the gradients of joint.q, k and v are this rank's share; their sum over the
+        ranks is the whole, which an engine makes that sums parameter gradients over the ranks of a sequence.
         """
         ...
 

@@ -66,3 +66,11 @@ class Mesh:
         for name in degrees:
             dist.all_reduce(torch.zeros(1, device=device), group=mesh.get_group(name))
         return mesh
+
+
+def axis_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
+    """The ranks along an axis of the mesh that this one is among. ValueError if it has no such axis."""
+    names = mesh.mesh_dim_names or ()
+    if axis not in names:
+        raise ValueError(f"parallel.layout.axis is {axis!r}; it can be {', '.join(names)}")
+    return mesh.get_group(axis)

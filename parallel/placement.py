@@ -2,10 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
 
+import torch
+
+from ..kernels.count import MOST
 from ..kernels.mask import Mask
-from ..kernels.span import Span, Spans, total
-from ..kernels.tile import area
+from ..kernels.span import Span, Spans, positions, total
+from .balance import ESTIMATE, heads_of, shares, work_of_queries
 
 
 @dataclass(frozen=True)
@@ -30,18 +35,25 @@ class Placement:
         """How many tokens `rank` holds."""
         return total(self.spans_by_rank[rank])
 
-    def work(self, mask: Mask, kv_heads: int) -> tuple[int, ...]:
-        """Visible (query, key) pairs of each rank's queries, averaged over kv heads."""
-        whole = (Span(0, self.length),) if self.length else ()
-        return tuple(area(mask, spans, whole, kv_heads) for spans in self.spans_by_rank)
+    def work(self, mask: Mask, kv_heads: int | None = None, *, most: int = MOST) -> tuple[int, ...]:
+        """Visible (query, key) pairs of each rank's queries, summed over the mask's batch rows and averaged
+        over the kv heads, rounded down.
 
-    def imbalance(self, mask: Mask, kv_heads: int) -> float:
+        kv_heads None: as many as the mask says, see `heads_of`. Exact up to `most` pairs in partial tiles,
+        else a close estimate.
+        """
+        kv_heads = kv_heads or heads_of(mask)
+        each = work_of_queries(mask, self.length, kv_heads, most)
+        heads = kv_heads if mask.per_head else 1
+        return tuple(int(each[positions(spans)].sum()) // heads for spans in self.spans_by_rank)
+
+    def imbalance(self, mask: Mask, kv_heads: int | None = None, *, most: int = MOST) -> float:
         """max / mean of `work` over the ranks: 1.0 is even."""
-        work = self.work(mask, kv_heads)
+        work = self.work(mask, kv_heads, most=most)
         return max(work) * len(work) / sum(work) if sum(work) else 1.0
 
 
-Place = Callable[[int, int], Placement]
+Place = Callable[[int, int, Mask], Placement]
 
 
 def contiguous(length: int, size: int) -> Placement:
@@ -67,12 +79,64 @@ def striped(length: int, size: int) -> Placement:
     )
 
 
+@lru_cache(maxsize=64)
+def balanced(
+    length: int, size: int, mask: Mask, *, kv_heads: int | None = None, chunk: int = 128
+) -> Placement:
+    """Chunks of `chunk` tokens, shorter if a rank would get fewer than 8, given to the ranks so that the
+    mask's work is even; each rank gets as many as any other, or one more. Cached by value.
+
+    kv_heads: see `Placement.work`. Even work may cost traffic: neighbours part.
+    """
+    chunk = max(1, min(chunk, length // (8 * size)))
+    work = work_of_queries(mask, length, kv_heads or heads_of(mask), ESTIMATE)
+    starts = range(0, length, chunk)
+    owners = shares(torch.stack([x.sum() for x in work.split(chunk)]) if length else work, size)
+    spans: list[list[Span]] = [[] for _ in range(size)]
+    for rank, run in groupby(zip(owners, starts, strict=True), key=lambda x: x[0]):
+        first, *rest = (start for _, start in run)
+        stop = min((rest or [first])[-1] + chunk, length)
+        spans[rank].append(Span(first, stop - first))
+    return Placement(length, tuple(map(tuple, spans)))
+
+
+@lru_cache(maxsize=64)
+def auto(length: int, size: int, mask: Mask) -> Placement:
+    """The first of contiguous, zigzag, balanced and striped whose max / mean work is within 1% of the best
+    one's. Cached by value.
+
+    Striped comes last: a tile of its tokens reaches over `size` times as many positions, so that sparse masks
+    have few empty tiles left, and each rank needs keys of all others.
+    """
+    found = [place(length, size, mask) for place in (_contiguous, _zigzag, balanced, _striped)]
+    uneven = [placement.imbalance(mask, most=ESTIMATE) for placement in found]
+    return next(p for p, x in zip(found, uneven, strict=True) if x <= 1.01 * min(uneven))
+
+
 def named(name: str) -> Place:
     """The placement that a config names."""
-    known: dict[str, Place] = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
+    known: dict[str, Place] = {
+        "contiguous": _contiguous,
+        "zigzag": _zigzag,
+        "striped": _striped,
+        "balanced": balanced,
+        "auto": auto,
+    }
     if name not in known:
         raise ValueError(f"parallel.layout.placement is {name!r}; it can be {', '.join(known)}")
     return known[name]
+
+
+def _contiguous(length: int, size: int, mask: Mask) -> Placement:
+    return contiguous(length, size)
+
+
+def _zigzag(length: int, size: int, mask: Mask) -> Placement:
+    return zigzag(length, size)
+
+
+def _striped(length: int, size: int, mask: Mask) -> Placement:
+    return striped(length, size)
 
 
 def _piece(start: int, stop: int) -> Spans:

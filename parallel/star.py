@@ -16,13 +16,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..kernels.attention import backward, combine, forward, nothing, partial_dtype
+from ..kernels.heads import PerHead
 from ..kernels.mask import And, Bound, Documents, Mask, Or, Unsupported
 from ..kernels.options import AttentionOptions
 from ..kernels.patterns import Anchored
 from ..kernels.span import Span, Spans, cut, total
-from ..kernels.tile import needed
+from .balance import heads_of
 from .comm import Edge, Traffic, post
 from .halves import Joined, Saved, Triple
+from .mesh import axis_group
+from .needs import meets
 from .placement import Placement
 
 
@@ -41,23 +44,28 @@ def parts(mask: Mask, placement: Placement, kv_heads: int) -> tuple[Parts, ...]:
     the anchor.
     """
     star = shape(mask)
-    found, anchors = [], []
-    for spans in placement.spans_by_rank:
-        context = sum(max(0, min(s.last + 1, star.context) - s.start) for s in spans)
-        anchor = sum(max(0, min(s.last + 1, star.anchor, star.context) - s.start) for s in spans)
-        found.append(Parts(context, anchor))
-        anchors.append(cut(spans, 0, anchor))
+    found = []
     for r, spans in enumerate(placement.spans_by_rank):
-        queries = cut(spans, 0, found[r].context)
-        for s, theirs in enumerate(placement.spans_by_rank):
-            rest = cut(theirs, found[s].anchor, total(theirs))
-            # span by span: a tile over the end of the context and the tail would be bounded by everything
-            pairs = ((one, other) for one in queries for other in rest) if s != r else ()
-            if any(needed(mask, (one,), (other,), kv_heads, tile=star.block) for one, other in pairs):
-                raise Unsupported(
-                    f"parallel=star: under {mask} context on rank {r} may see keys of rank {s} beyond the "
-                    f"anchor; take a mask like mask=star, or parallel=s2 or ring, which serve every mask"
-                )
+        starts = [s.start for s in spans]
+        if starts != sorted(starts) or not all(s.contiguous for s in spans):
+            raise Unsupported(
+                f"parallel=star needs a rank's tokens in their order, but rank {r} has {spans[:4]}; take "
+                f"the placement that Star.place gives, or parallel=s2 or parallel=ring, which serve every one"
+            )
+        ends = star.context, min(star.anchor, star.context)
+        found.append(Parts(*(sum(max(0, min(s.last + 1, end) - s.start) for s in spans) for end in ends)))
+    near, rest = [], []
+    for spans, part in zip(placement.spans_by_rank, found, strict=True):
+        near.append(cut(spans, 0, part.context))
+        rest.append(cut(spans, part.anchor, total(spans)))
+    far = meets(mask, near, rest, kv_heads, tile=star.block).fill_diagonal_(False).nonzero()
+    if len(far):
+        r, s = far[0].tolist()
+        raise Unsupported(
+            f"parallel=star: under {mask} context on rank {r} may see keys of rank {s} beyond the "
+            f"anchor; take a mask like mask=star and the placement of Star.place, or parallel=s2 or "
+            f"parallel=ring, which serve every mask"
+        )
     return tuple(found)
 
 
@@ -78,6 +86,9 @@ def _stars(mask: Mask | None) -> Iterator[Anchored]:
     elif isinstance(mask, And | Or):
         yield from _stars(mask.left)
         yield from _stars(mask.right)
+    elif isinstance(mask, PerHead):
+        for one in mask.masks:
+            yield from _stars(one)
     elif isinstance(mask, Documents):
         yield from _stars(mask.inner)
     elif isinstance(mask, Bound):
@@ -88,7 +99,7 @@ class Star(Joined):
     """O(anchor + tail) is sent, whatever the length of the context."""
 
     def __init__(self, mesh: DeviceMesh, *, axis: str = "ring") -> None:
-        self.group = mesh.get_group(axis)
+        self.group = axis_group(mesh, axis)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.traffic = Traffic()
 
@@ -104,11 +115,8 @@ class Star(Joined):
             pieces = ((edges[r], edges[r + 1]), (tail[r], tail[r + 1]))
             spans.append(tuple(Span(a, b - a) for a, b in pieces if b > a))
         placement = Placement(length, tuple(spans))
-        parts(
-            mask,
-            placement,
-            1 if not mask.per_head else len(mask.kv_indices) if isinstance(mask, Bound) else 1,
-        )
+        # k, which knows, is not at hand: attention asks again
+        parts(mask, placement, heads_of(mask))
         return placement
 
     def forward(
@@ -198,6 +206,7 @@ class _Turn:
         self.star, self.mask, self.placement = star, mask, placement
         self.parts = parts(mask, placement, kv_heads)
         self.mine = placement.spans_by_rank[star.rank]
+        self.others = [r for r in range(star.size) if r != star.rank]
         self.here = self.parts[star.rank].context
         self.near = cut(self.mine, 0, self.here)
         self.tails = [
@@ -211,9 +220,9 @@ class _Turn:
         star = self.star
         own = kv[:, :, : self.parts[star.rank].anchor].contiguous()
         arrivals = [
-            (kv.new_empty((*kv.shape[:2], self.parts[s].anchor, *kv.shape[3:])), s) for s in self._others()
+            (kv.new_empty((*kv.shape[:2], self.parts[s].anchor, *kv.shape[3:])), s) for s in self.others
         ]
-        sends = [(own, r) for r in self._others() if self.parts[r].context]
+        sends = [(own, r) for r in self.others if self.parts[r].context]
         wanted = arrivals if self.here else []
         post(star.group, sends, wanted, star.traffic).wait()
         at: Spans = ()
@@ -224,15 +233,12 @@ class _Turn:
     def anchor_home(self, grad: Tensor) -> Tensor:
         """Gradients of the anchor back to its owners: those of the keys held here, [2, B, N, Hkv, D]."""
         star = self.star
-        counts = [self.parts[s].anchor for s in self._others()] if self.here else []
-        *anchors, own = grad.split([*counts, total(self.mine)], 2)
+        owners = self.others if self.here else []
+        *anchors, own = grad.split([*(self.parts[s].anchor for s in owners), total(self.mine)], 2)
         own = own.contiguous()
-        sends = [
-            (part.contiguous(), s)
-            for part, s in zip(anchors, self._others() if self.here else [], strict=True)
-        ]
+        sends = [(part.contiguous(), s) for part, s in zip(anchors, owners, strict=True)]
         mine = self.parts[star.rank].anchor
-        users = [r for r in self._others() if self.parts[r].context]
+        users = [r for r in self.others if self.parts[r].context]
         arrivals: list[Edge] = [(grad.new_empty((*grad.shape[:2], mine, *grad.shape[3:])), r) for r in users]
         post(star.group, sends, arrivals, star.traffic).wait()
         for part, _ in arrivals:
@@ -246,12 +252,8 @@ class _Turn:
             own if r == star.rank else x.new_empty((x.shape[0], total(t), *x.shape[2:]))
             for r, t in enumerate(self.tails)
         ]
-        post(
-            star.group,
-            [(own, r) for r in self._others()],
-            [(rows[r], r) for r in self._others()],
-            star.traffic,
-        ).wait()
+        arrivals = [(rows[r], r) for r in self.others]
+        post(star.group, [(own, r) for r in self.others], arrivals, star.traffic).wait()
         return rows
 
     def returned(self, results: list[Tensor], tokens: int) -> list[Tensor]:
@@ -259,9 +261,6 @@ class _Turn:
         star = self.star
         shape = (results[0].shape[0], tokens, *results[0].shape[2:])
         found = [results[r] if r == star.rank else results[r].new_empty(shape) for r in range(star.size)]
-        sends = [(results[r].contiguous(), r) for r in self._others()]
-        post(star.group, sends, [(found[r], r) for r in self._others()], star.traffic).wait()
+        sends = [(results[r].contiguous(), r) for r in self.others]
+        post(star.group, sends, [(found[r], r) for r in self.others], star.traffic).wait()
         return found
-
-    def _others(self) -> list[int]:
-        return [r for r in range(self.star.size) if r != self.star.rank]

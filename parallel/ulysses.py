@@ -17,6 +17,7 @@ from ..kernels.span import cut, total
 from .comm import Traffic, trade
 from .halves import Halves, Joined, Saved, Triple
 from .layout import Layout
+from .mesh import axis_group
 from .placement import Placement
 from .single import Single
 
@@ -73,7 +74,12 @@ class Ulysses(Joined):
         if chunks < 1:
             raise ValueError(f"parallel.layout.chunks is {chunks}; it must be at least 1")
         self.inner, self.chunks, self.traffic = inner(mesh), chunks, Traffic()
-        self._heads = mesh.get_group(axis)
+        self._heads = axis_group(mesh, axis)
+        if self.inner.size > 1 and self.inner.group is self._heads:
+            raise ValueError(
+                f"parallel.layout.axis and parallel.layout.inner.axis are both {axis!r}; as in parallel=usp, "
+                f"the one can be head and the other ring"
+            )
         self.here, self.ways = dist.get_rank(self._heads), dist.get_world_size(self._heads)
         self.rank, self.size = self.inner.rank * self.ways + self.here, self.inner.size * self.ways
         self._traded = Traffic(self.traffic, [self.inner.rank * self.ways + i for i in range(self.ways)])
@@ -96,10 +102,23 @@ class Ulysses(Joined):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, options: AttentionOptions
     ) -> tuple[Tensor, Tensor | None, Saved]:
+        """Whole rows, into which nothing will be merged any more: they travel in q's dtype."""
+        return self._turn(q, k, v, mask, placement, options, q.dtype)
+
+    def partial(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, options: AttentionOptions
+    ) -> tuple[Tensor, Tensor | None, Saved]:
+        return self._turn(q, k, v, mask, placement, options, partial_dtype(q))
+
+    def _turn(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, options: AttentionOptions,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor | None, Saved]:  # fmt: skip
         outs, lses, kept = [], [], []
         for kv, heads in self._rounds(q.shape[2], k.shape[2]):
             bound, at = mask.heads(kv, k.shape[2]), slice(kv.start, kv.stop)
-            one = self._forward((q[:, :, heads], k[:, :, at], v[:, :, at]), bound, placement, options)
+            qkv = q[:, :, heads], k[:, :, at], v[:, :, at]
+            one = self._forward(qkv, bound, placement, options, dtype)
             outs.append(one[0])
             lses.append(one[1])
             kept += one[2]
@@ -131,9 +150,10 @@ class Ulysses(Joined):
         return dq, dk, dv
 
     def _forward(
-        self, qkv: Sequence[Tensor], mask: Mask, placement: Placement, options: AttentionOptions
-    ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-        """One round: out, lse of the tokens held here, and what the inner calls keep."""
+        self, qkv: Sequence[Tensor], mask: Mask, placement: Placement, options: AttentionOptions,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:  # fmt: skip
+        """One round: out in `dtype`, lse of the tokens held here, and what the inner calls keep."""
         kv_heads, (rows, _, heads, dim) = qkv[1].shape[2], qkv[0].shape
         all_shares, tokens = shares(heads, kv_heads, self.ways), self._tokens(placement)
         me, inner = all_shares[self.here], self._inner(placement)
@@ -145,12 +165,12 @@ class Ulysses(Joined):
         q, k, v = (
             torch.cat(x, 1) for x in zip(*trade(self._heads, pieces, shapes, self._traded), strict=True)
         )
-        outs, lses = [q[:, :, :0]], []
+        outs, lses = [q[:, :, :0].to(dtype)], []
         kept: list[Tensor | None] = []
         for kv, at in me.calls(heads // kv_heads):
             bound = mask.heads(me.kv[kv], kv_heads)
             out, lse, saved = self.inner.forward(q[:, :, at], k[:, :, kv], v[:, :, kv], bound, inner, options)
-            outs.append(out.to(q.dtype))  # whole rows: nothing will be merged into them any more
+            outs.append(out.to(dtype))
             lses.append(lse)
             kept += saved
         out, lse = self._back(torch.cat(outs, 2), tokens, [s.q for s in all_shares], heads_dim=2), None

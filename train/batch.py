@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.mask import Documents, Mask, Offsets
-from ..models.block import Attend
+from ..models.block import Attend, Attends
+from ..parallel.joint import Joint
 from ..parallel.layout import Layout, positions, shard
+from ..parallel.mixed import Layers
 from ..parallel.placement import Placement
 from .data.sample import IGNORE, Sample
 
@@ -108,10 +110,20 @@ def place(layout: Layout, batch: Batch, mask: Mask) -> Placement:
     return layout.place(batch.length, batch.mask(mask))
 
 
-def bind(layout: Layout, placement: Placement) -> Attend:
-    """The attention that a model is handed: this layout, this batch's placement."""
+def bind(layout: Layout, placement: Placement) -> Attends:
+    """The attention that a model is handed: this layout, this batch's placement; of a mixture over the layers
+    as many as take turns.
+    """
+    if isinstance(layout, Layers):
+        return tuple(_bound(turn, placement) for turn in layout.turns())
+    return _bound(layout, placement)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        return layout.attention(q, k, v, mask, placement)[0]
+
+def _bound(layout: Layout, placement: Placement) -> Attend:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, joint: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Tensor:
+        beside = None if joint is None else Joint(*joint)
+        return layout.attention(q, k, v, mask, placement, joint=beside)[0]
 
     return attend
