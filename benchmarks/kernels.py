@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from longspan.kernels import flash_forward
+from longspan.kernels.grain import grain
 from longspan.kernels.tile import tiles
 
 from . import exact, report
@@ -89,7 +90,8 @@ def estimate(case: Case, pairs: float, names: Sequence[str], device: torch.devic
 def lists_ms(case: Case, bench: Bench) -> float:
     """Building the lists of tiles that our three kernels read, from nothing; the least of three."""
     sample = torch.empty(1, 1, 1, case.shape.head_dim, dtype=case.dtype, device=bench.device)
-    best = flash_forward.config(case.shape.head_dim, case.dtype, flash_forward.capability(sample))
+    device = flash_forward.capability(sample)
+    best = flash_forward.config(case.shape.head_dim, case.dtype, device, grain(case.mask))
     wanted = {(b.queries, b.keys, b is best.dkdv) for b in best}
     times = []
     for _ in range(3):
@@ -200,8 +202,9 @@ def main(given: Sequence[str] | None = None) -> int:
         print(f"no time for {dropped}")
     if not results.entries:
         raise SystemExit(f"--budget {args.budget} s is too short for any case; 480 does the important ones")
-    report.save(path, report.document(results, device, bench.contenders, settings))
-    picture = draw(results, bench.contenders, path.with_suffix(".png"), report.device_name(device), unit)
+    content = report.document(results, device, bench.contenders, settings)
+    report.save(path, content)
+    picture = draw(content, path.with_suffix(".png"))
     print(f"wrote {path} and {picture.name} after {settings['seconds']} s")
     failures = results.failures()
     for failure in failures:

@@ -13,6 +13,7 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
+from longspan.kernels.grain import grain
 from longspan.kernels.heads import PerHead
 from longspan.kernels.lower import lower, visible
 from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Window
@@ -135,16 +136,19 @@ def table() -> None:
     whole: Spans = (Span(0, LONG),)
     for name, mask in BLOCKS.items():
         row(name, mask, whole)
+        # smaller tiles, where the blocks of the mask divide no tile of 128
+        if grain(mask) == 64:
+            row(f"{name} in tiles of 64 x 64", mask, whole, 64)
     for name, mask in VIDEOS.items():
         row(name, mask, whole)
         row(f"{name} in bricks of 2 x 8 x 8", mask, brick_order(VIDEO, (2, 8, 8)))
 
 
-def row(name: str, mask: Mask, at: Spans) -> None:
-    lists = tiles(mask, at, at, 8, size=(128, 128), transpose=False, device=CPU)
+def row(name: str, mask: Mask, at: Spans, tile: int = 128) -> None:
+    lists = tiles(mask, at, at, 8, size=(tile, tile), transpose=False, device=CPU)
     full, partial = (int(x.diff().sum()) for x in (lists.full, lists.partial))
     seen = area(mask, at, at, 8) / LONG**2
-    visited = (full + partial) * 128**2 / LONG**2 / lists.heads
+    visited = (full + partial) * tile**2 / LONG**2 / lists.heads
     print(f"| {name} | {seen:.2%} | {visited:.2%} | {partial / (full + partial):.1%} |")
 
 

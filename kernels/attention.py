@@ -2,12 +2,13 @@
 backend.
 """
 
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from . import cpu, flash_backward, flash_forward, reference, sdpa
+from . import cpu, reference
 from .lower import Lowered, lower
 from .mask import Mask, Unsupported
 from .options import AttentionOptions
@@ -26,7 +27,7 @@ def chosen(q: Tensor, options: AttentionOptions = DEFAULT, backend: Backend = "a
     if backend != "auto":
         return backend
     if q.device.type == "cuda":
-        return "triton" if flash_forward.supports(q) else "reference"
+        return "triton" if find_spec("triton") and _module("triton").supports(q) else "reference"
     return "cpu" if cpu.supports(q, options) else "reference"
 
 
@@ -47,8 +48,7 @@ def forward(
     name = chosen(q, options, backend)
     if name == "reference":
         return reference.forward(q, k, v, low, options)
-    module: Any = {"cpu": cpu, "triton": flash_forward, "sdpa": sdpa}[name]
-    return module.forward(q, k, v, mask, low, at_q, at_k, options)
+    return _module(name).forward(q, k, v, mask, low, at_q, at_k, options)
 
 
 def backward(
@@ -62,6 +62,10 @@ def backward(
     the whole.
     """
     check(q, k, v, at_q, at_k)
+    for name, given in (("lse", lse), ("delta", delta)):
+        if (given is None) != (options.normalizer == "sigmoid"):
+            has = "needs it" if given is None else "has none"
+            raise ValueError(f"{name} is {type(given).__name__}, but the {options.normalizer} backward {has}")
     if not total(at_q) or not total(at_k):
         dtype = partial_dtype(q)
         return tuple(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))  # type: ignore[return-value]
@@ -70,8 +74,22 @@ def backward(
     name = chosen(q, options, backend)
     if name == "reference":
         return reference.backward(dout, delta, q, k, v, lse, low, options)
-    module: Any = {"cpu": cpu, "triton": flash_backward, "sdpa": sdpa}[name]
-    return module.backward(dout, delta, q, k, v, lse, mask, low, at_q, at_k, options)
+    return _module(name, back=True).backward(dout, delta, q, k, v, lse, mask, low, at_q, at_k, options)
+
+
+def _module(name: str, *, back: bool = False) -> Any:
+    """What has the `forward` of a backend, or its `backward`. What needs Triton is imported only to run."""
+    if name == "cpu":
+        return cpu
+    if not find_spec("triton"):
+        raise Unsupported(f"backend={name!r} needs Triton, which is not installed; 'reference' does not")
+    if name == "sdpa":
+        from . import sdpa
+
+        return sdpa
+    from . import flash_backward, flash_forward
+
+    return flash_backward if back else flash_forward
 
 
 class _Attention(torch.autograd.Function):
@@ -116,6 +134,8 @@ def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, T
     values or gradients.
     """
     (out_a, lse_a), (out_b, lse_b) = a, b
+    if not isinstance(lse_a, Tensor) or not isinstance(lse_b, Tensor):
+        raise Unsupported("merge needs the lse of both, got None; sigmoid has none: its partial results add")
     dead_a, dead_b = lse_a.isinf(), lse_b.isinf()
     low = torch.full_like(lse_a, float("-inf"))
     top = torch.maximum(torch.where(dead_a, low, lse_a), torch.where(dead_b, low, lse_b)).detach()

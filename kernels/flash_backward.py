@@ -29,6 +29,7 @@ from .flash_forward import (
     store_tile,
     tanh,
 )
+from .grain import grain
 from .lower import Lowered
 from .mask import Mask
 from .options import AttentionOptions
@@ -56,7 +57,7 @@ def backward(
     over disjoint keys sum to the whole; None for sigmoid. `dout` is rounded to the dtype of q.
     """
     require(q)
-    best = config(q.shape[3], q.dtype, capability(q))
+    best = config(q.shape[3], q.dtype, capability(q), grain(mask))
     by_query, by_key = blocks or (best.dq, best.dkdv)
     forth, back = (
         tiles(mask, at_q, at_k, k.shape[2], size=(b.queries, b.keys), transpose=transpose, device=q.device)

@@ -76,13 +76,18 @@ class Scores(NamedTuple):
     bias: float
 
 
-def config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
-    """Tiles, warps and pipeline stages of the three kernels on a device."""
+def config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int], grain: int = 0) -> Config:
+    """Tiles, warps and pipeline stages of the three kernels on a device, for masks of a `grain`."""
     width = max(64, triton.next_power_of_2(head_dim))
     if dtype == torch.float32:
         return FLOAT32[width]
     # data-centre Hopper and Blackwell have 227 KiB of shared memory; what is meant for Ampere fits 99 KiB
-    return (HOPPER if capability[0] in (9, 10) else AMPERE)[width]
+    best = (HOPPER if capability[0] in (9, 10) else AMPERE)[width]
+    half = best.dkdv.keys // 2
+    # a tile of two blocks, of which far queries see one, would be partial and half in vain
+    if half >= 64 and grain % best.dkdv.keys and grain % half == 0:
+        return best._replace(dkdv=best.dkdv._replace(keys=half))
+    return best
 
 
 def supports(q: Tensor) -> bool:

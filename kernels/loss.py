@@ -1,11 +1,16 @@
 """Linear layer and cross entropy in one: the loss of [N, D] activations, never holding [N, V] logits."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .fused_loss import by_liger, by_torch, liger_refusal, torch_refusal
+from .mask import Unsupported
+
+Backend = Literal["auto", "own", "torch", "liger"]
 
 
 class _Terms(NamedTuple):
@@ -18,6 +23,7 @@ class _Terms(NamedTuple):
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, labels: Tensor, *,
     denominator: Tensor | float, chunk: int = 4096, ignore_index: int = -100, z_loss: float = 0.0,
+    backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Sum over valid tokens of (cross entropy + z_loss * lse^2) / denominator: float32 (float64 for float64).
 
@@ -25,13 +31,38 @@ def linear_cross_entropy(
     denominator: the *global* number of valid tokens, so that the losses of all ranks add up to the mean; 0
     counts as 1. chunk: tokens whose logits are held at once. The gradients are made in the forward pass, that
     of `weight` summed in float32. Under autocast the matmuls run in its dtype, the softmax in float32.
-    z-loss: PaLM (Chowdhery et al. 2022), section 5. ValueError for shapes, dtypes and labels that do not fit.
+    z-loss: PaLM (Chowdhery et al. 2022), section 5. backend: see `chosen`. ValueError for shapes, dtypes and
+    labels that do not fit, Unsupported for what a forced backend cannot do.
     """
     _check(x, weight, labels, chunk, ignore_index)
-    terms = _Terms(chunk, ignore_index, z_loss, torch.is_grad_enabled())
-    whole: Tensor = _LinearCrossEntropy.apply(x, weight, labels, terms)
+    name = chosen(x, weight, z_loss=z_loss, backend=backend)
+    if name == "liger":
+        whole = by_liger(x, weight, labels, ignore_index=ignore_index, z_loss=z_loss)
+    elif name == "torch":
+        whole = by_torch(x, weight, labels, ignore_index=ignore_index, chunk=chunk)
+    else:
+        terms = _Terms(chunk, ignore_index, z_loss, torch.is_grad_enabled())
+        whole = _LinearCrossEntropy.apply(x, weight, labels, terms)
     share = torch.as_tensor(denominator, dtype=whole.dtype, device=whole.device)
     return whole / share.masked_fill(share == 0, 1.0)
+
+
+def chosen(x: Tensor, weight: Tensor, *, z_loss: float = 0.0, backend: Backend = "auto") -> str:
+    """The backend that will run: of 'liger' (liger-kernel's on CUDA, in half precision too), 'torch' (torch's
+    operator, float32 and float64 without z-loss) and 'own' the first that serves this, or the forced one.
+    Unsupported, saying why, if that one does not.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(get_args(Backend))}")
+    refusals = {"liger": liger_refusal(x, weight)} if backend in ("auto", "liger") else {}
+    if backend in ("auto", "torch"):
+        refusals["torch"] = torch_refusal(x, weight, z_loss)
+    if backend == "auto":
+        return next((name for name, reason in refusals.items() if reason is None), "own")
+    reason = refusals.get(backend)
+    if reason:
+        raise Unsupported(f"backend={backend!r}: {reason} (backend='own' takes all)")
+    return backend
 
 
 @torch.no_grad()
