@@ -77,6 +77,37 @@ class Rope:
         return (angle.cos() * self.warmth).float()[:, None], (angle.sin() * self.warmth).float()[:, None]
 
 
+@dataclass(frozen=True)
+class GridRope:
+    """Rotary embedding of a grid's coordinates: each axis turns a part of the head's pairs (Wan team 2025).
+
+    Of a head dim d, three axes take d - 4(d//6), 2(d//6) and 2(d//6) dimensions, two d - 2(d//4) and 2(d//4);
+    each part has the wavelengths of a head of its own size. Pairs are half-split, as in `Rope`.
+    """
+
+    theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        if self.theta <= 1:
+            raise ValueError(f"rope.theta is {self.theta}; it needs theta > 1")
+
+    def split(self, head_dim: int, axes: int) -> tuple[int, ...]:
+        """The dimensions of a head that each axis turns."""
+        rest = 2 * (head_dim // (2 * axes))
+        return head_dim - (axes - 1) * rest, *[rest] * (axes - 1)
+
+    def angles(self, places: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+        """cos and sin at coordinates int64 `places` [..., T, axes]: two float32 [..., T, 1, head_dim // 2],
+        the same for every layer.
+        """
+        parts = [
+            x.double()[..., None] * Rope(self.theta).frequencies(dims, places.device)
+            for x, dims in zip(places.unbind(-1), self.split(head_dim, places.shape[-1]), strict=True)
+        ]
+        angle = torch.cat(parts, -1)[..., None, :]
+        return angle.cos().float(), angle.sin().float()
+
+
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """x [B, T, H, D] turned by `Rope.angles`; computed in float32 (float64 for float64), returned in x's
     dtype.
