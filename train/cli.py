@@ -1,4 +1,4 @@
-"""The console script: longspan train | evaluate | sample, each the same as python -m
+"""The console script: longspan train | evaluate | sample | draw, each the same as python -m
 longspan.train[.verb].
 """
 
@@ -10,6 +10,7 @@ VERBS = {
     "train": "longspan.train.__main__",
     "evaluate": "longspan.train.evaluate",
     "sample": "longspan.train.sample",
+    "draw": "longspan.train.draw",
 }
 
 

@@ -46,7 +46,7 @@ class Train:
     norm, 0 is off.
 
     micro_batch: sequences a dp rank takes at once; accumulate: micro batches a step. precision: float32, or
-    bfloat16 autocast.
+    bfloat16 autocast. ema: decay of an average of the weights, which is what is evaluated; 0 keeps none.
     """
 
     steps: int = MISSING
@@ -56,6 +56,7 @@ class Train:
     precision: str = "float32"
     seconds: float | None = None
     log_every: int = 1
+    ema: float = 0.0
 
 
 @dataclass

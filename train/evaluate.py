@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from .config import ConfigError, Run, typed
 from .data.needle import Needle
+from .data.sample import Dataset
 from .entry import entry, guarded
 from .job import Job, Launch, build, processes
 from .measure import bounds, held_out_loss, retrieval, text_of
@@ -54,6 +55,8 @@ def evaluate(cfg: DictConfig, launch: Launch) -> int:
     config = config_of(folder, parallel=cfg.parallel)
     with processes(launch, cfg.device, cfg.timeout_s) as device, Progress(rank=launch.rank) as shown:
         job = build(config, launch, device)
+        if not isinstance(job.data, Dataset):
+            raise ValueError(f"run.dir={folder} trained no language model: take longspan draw")
         step = load_weights(folder, cfg.checkpoint, job.model, shown.note)
         found: dict[str, Any] = {"step": step}
         rows = {"run": f"{folder}, step {step}"}

@@ -35,7 +35,8 @@ def finish(loop: Loop, folder: Path, *, complete: bool) -> dict[str, Any]:
         "tokens": state.tokens,
         "training_seconds": round(state.seconds, 1),
     }
-    summary |= loop.judge.finish(loop, folder, samples)
+    with job.averaged():
+        summary |= loop.judge.finish(loop, folder, samples)
     if dist.get_rank() == 0:
         if loop.stepped:  # a finished run that was started again keeps the pictures of its training
             draw_layout(loop, folder, sent)
@@ -46,7 +47,7 @@ def finish(loop: Loop, folder: Path, *, complete: bool) -> dict[str, Any]:
 def draw_layout(loop: Loop, folder: Path, sent: np.ndarray) -> None:
     """Who holds what, the mask, and what travels."""
     job = loop.job
-    length = job.data.context
+    length = job.context
     placement = job.layout.place(length, job.mask)
     runs = [[(s.start, s.length, s.run, s.step) for s in spans] for spans in placement.spans_by_rank]
     path = layout_picture(
@@ -61,7 +62,7 @@ def mask_grid(job: Job, length: int) -> np.ndarray:
     """The mask over the whole context as a coarse grid: 0 empty, 1 partial, 2 full."""
     whole = (Span(0, length),)
     tile = Range(*bounds(whole, max(1, -(-length // GRID))))
-    some, every = classify(job.mask, tile, tile, job.model.kv_heads)  # type: ignore[arg-type]
+    some, every = classify(job.mask, tile, tile, job.model.kv_heads)
     some, every = some[0].any(0), every[0].all(0)
     return np.asarray((some.int() + every.int()).numpy())
 
@@ -70,7 +71,7 @@ def traffic_matrix(job: Job, sent: Mapping[int, int]) -> np.ndarray:
     """Bytes from rank to rank of one sequence, for one layer and one micro batch, forward and backward: int64
     [size, size].
     """
-    layers = job.model.layers * job.cfg.train.accumulate
+    layers = len(job.model.masks) * job.cfg.train.accumulate
     row = torch.zeros(job.layout.size, dtype=torch.int64)
     for peer, count in sent.items():
         row[peer] = count // layers

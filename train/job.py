@@ -1,11 +1,13 @@
 """One training job put together from its config: processes, mesh, layout, data, model, engine."""
 
 import datetime
+import gc
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,11 +15,12 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..kernels.mask import Documents, Mask
+from ..kernels.mask import Mask
 from ..parallel.layout import Layout
 from .agree import Ranks
 from .config import made
 from .data.sample import Dataset
+from .ema import EMA
 from .engine.protocol import Engine
 from .objective.protocol import Objective
 from .optim import Optim
@@ -59,7 +62,8 @@ def processes(launch: Launch, wanted: str, timeout_s: float) -> Iterator[torch.d
     device = torch.device(kind, launch.local_rank) if kind == "cuda" else torch.device("cpu")
     with _threads(device, launch):
         if dist.is_initialized():
-            yield device
+            with _own_groups():
+                yield device
             return
         _connect(launch, kind, datetime.timedelta(seconds=timeout_s))
         try:
@@ -70,6 +74,21 @@ def processes(launch: Launch, wanted: str, timeout_s: float) -> Iterator[torch.d
                 dist.destroy_process_group()
             raise
         dist.destroy_process_group()
+
+
+@contextmanager
+def _own_groups() -> Iterator[None]:
+    """Groups that are made meanwhile end with it: each has threads of its own, which would add up from job to
+    job. After an error they stay, since peers may still wait in them.
+    """
+    there = dist.distributed_c10d._world.pg_map
+    before = set(there)
+    yield
+    # layouts and engines refer to each other in circles, and hold their groups
+    gc.collect()
+    for group in [group for group in there if group not in before]:
+        dist.destroy_process_group(group)
+    gc.collect()
 
 
 @contextmanager
@@ -113,12 +132,33 @@ class Job:
     ranks: Ranks
     mesh: DeviceMesh
     layout: Layout
-    data: Dataset
+    data: Any  # a `Dataset` of text, or `Clips`: the objective knows
     mask: Mask
-    model: nn.Module
+    model: Any  # an nn.Module with `masks` and `kv_heads`
     objective: Objective
     engine: Engine
     optim: Optim
+    ema: EMA | None
+
+    def state(self) -> dict[str, Any]:
+        """All tensors of a checkpoint, also as the template that one is loaded into."""
+        averaged = {} if self.ema is None else {"ema": self.ema.state()}
+        return self.engine.save() | averaged
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes back what `state` gave, after a checkpoint was read into it."""
+        self.engine.load({name: part for name, part in state.items() if name != "ema"})
+        if self.ema is not None:
+            self.ema.load(state["ema"])
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model with what is evaluated: the average of its weights, if one is kept."""
+        return nullcontext() if self.ema is None else self.ema.applied(self.model)
+
+    @property
+    def context(self) -> int:
+        """Tokens of a sequence, over all ranks."""
+        return self.objective.context(self.data)
 
     @property
     def dp(self) -> int:
@@ -134,7 +174,7 @@ class Job:
         return int(self.cfg.train.micro_batch) * int(self.cfg.train.accumulate) * self.dp
 
 
-def open_data(cfg: DictConfig, launch: Launch, ranks: Ranks) -> Dataset:
+def open_data(cfg: DictConfig, launch: Launch, ranks: Ranks) -> Any:
     """The data set on every rank; one rank of each machine prepares its cache first. What fails on one fails
     on all.
     """
@@ -144,8 +184,7 @@ def open_data(cfg: DictConfig, launch: Launch, ranks: Ranks) -> Dataset:
             made(cfg.data)
 
     ranks.together(prepare)
-    data: Dataset = ranks.together(lambda: made(cfg.data))
-    return data
+    return ranks.together(lambda: made(cfg.data))
 
 
 def build_layout(cfg: DictConfig, launch: Launch, device: torch.device) -> tuple[DeviceMesh, Layout]:
@@ -161,19 +200,28 @@ def build_layout(cfg: DictConfig, launch: Launch, device: torch.device) -> tuple
     return mesh, layout
 
 
-def build_model(cfg: DictConfig, data: Dataset, mask: Mask) -> nn.Module:
+def build_model(cfg: DictConfig, data: Any, mask: Mask) -> nn.Module:
     """The model with the same initial weights on every rank and in every layout."""
-    vocab = cfg.model.get("vocab")
-    if vocab is not None and vocab < data.vocab:
-        raise ValueError(
-            f"model.vocab is {vocab}, but the data's tokenizer has {data.vocab} tokens: set model.vocab=null"
-        )
+    given = {"mask": mask, "recompute": cfg.memory.recompute}
+    if "vocab" in cfg.model:
+        given["vocab"] = _vocab(cfg.model.vocab, data)
     for name, where in (("mask", "mask"), ("recompute", "memory.recompute")):
         if name in cfg.model:
             raise ValueError(f"model.{name} is taken from {where}: set that, and leave model.{name} out")
     torch.manual_seed(cfg.seed)
-    model: nn.Module = made(cfg.model)(vocab=vocab or data.vocab, mask=mask, recompute=cfg.memory.recompute)
+    model: nn.Module = made(cfg.model)(**given)
     return model
+
+
+def _vocab(given: int | None, data: Any) -> int:
+    """The number of token ids, by default the data's."""
+    if not isinstance(data, Dataset):
+        raise ValueError(f"data is {type(data).__name__}, which is no text: take data=text or the like")
+    if given is not None and given < data.vocab:
+        raise ValueError(
+            f"model.vocab is {given}, but the data's tokenizer has {data.vocab} tokens: set model.vocab=null"
+        )
+    return given or data.vocab
 
 
 def build(cfg: DictConfig, launch: Launch, device: torch.device) -> Job:
@@ -183,21 +231,16 @@ def build(cfg: DictConfig, launch: Launch, device: torch.device) -> Job:
     mesh, layout = build_layout(cfg, launch, device)
     mask: Mask = made(cfg.mask)
     data = open_data(cfg, launch, ranks)
-    _check_place(layout, data, mask)
     model = build_model(cfg, data, mask).to(device)
-    objective = made(cfg.objective)(model)
+    objective: Objective = made(cfg.objective)(model)
+    # placed as training will: what the layout cannot serve is refused now, not in the middle of a run
+    layout.place(objective.context(data), objective.example(data, mask))
     optim: Optim = made(cfg.optim)
     engine: Engine = made(cfg.engine)
+    assert isinstance(objective, nn.Module)
     engine.wrap(objective, optim.build, mesh)
-    return Job(cfg, launch, device, ranks, mesh, layout, data, mask, model, objective, engine, optim)
-
-
-def _check_place(layout: Layout, data: Dataset, mask: Mask) -> None:
-    """Places a sequence as training will: what the layout cannot serve is refused now, not in the middle
-    of a run.
-    """
-    several = data.describe().get("pack") is not None  # packed documents, or one and its padding
-    layout.place(data.context, Documents((0, 1) if several else (0,), inner=mask))
+    ema = EMA(model, decay=cfg.train.ema) if cfg.train.ema else None
+    return Job(cfg, launch, device, ranks, mesh, layout, data, mask, model, objective, engine, optim, ema)
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -213,15 +256,10 @@ def check_numbers(cfg: DictConfig) -> None:
             raise ValueError(f"{name} is {cfg[group][key]}; it must be at least {low:g}")
     if cfg.train.precision not in ("float32", "bfloat16"):
         raise ValueError(f"train.precision is {cfg.train.precision!r}; it can be float32 or bfloat16")
+    if not 0 <= cfg.train.ema < 1:
+        raise ValueError(f"train.ema is {cfg.train.ema}; it must be from 0 (none) to less than 1")
     if cfg.train.seconds is not None and cfg.train.seconds <= 0:
         raise ValueError(f"train.seconds is {cfg.train.seconds}; it must be null or more than 0")
-
-
-def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """All parameters, and those that are no embedding table."""
-    total = sum(p.numel() for p in model.parameters())
-    tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
-    return total, total - sum(tables.values())
 
 
 def run_folder(cfg: DictConfig, now: datetime.datetime) -> Path:

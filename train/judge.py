@@ -20,6 +20,14 @@ class Judge(Protocol):
         """What `held_out` gave, for people."""
         ...
 
+    def show(self, job: Job, folder: Path, step: int) -> dict[str, Path]:
+        """Pictures of the moment in the run's folder, by name, rank 0's count; none for many."""
+        ...
+
+    def facts(self, job: Job) -> str:
+        """What the data is, in a line."""
+        ...
+
     def finish(self, loop: Any, folder: Path, samples: int) -> dict[str, Any]:
         """The last evaluation, told to the `Loop`, with its pictures; entries of the summary (rank 0's)."""
         ...

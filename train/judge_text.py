@@ -27,6 +27,16 @@ class TextJudge:
     def words(self, row: Mapping[str, float]) -> str:
         return f"{row['bits_per_byte']:.3f} bits per byte"
 
+    def show(self, job: Job, folder: Path, step: int) -> dict[str, Path]:
+        return {}
+
+    def facts(self, job: Job) -> str:
+        told = job.data.describe()
+        return (
+            f"{told.get('corpus', '?')}: {told.get('documents', '?')} documents, {job.context} tokens a "
+            f"sequence, padding {100 * float(told.get('padding', 0)):.2f}%, {told.get('bad', 0)} bad records"
+        )
+
     def finish(self, loop: Loop, folder: Path, samples: int) -> dict[str, Any]:
         job, summary, others = loop.job, dict[str, Any](), dict[str, float]()
         held = job.data.held_out()

@@ -6,18 +6,18 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..kernels.tile import pairs
 from .batch import Batch, bind, indices, place
 from .checkpoint import Checkpoints, SaveError
-from .job import Job, parameter_counts
+from .job import Job
 from .judge import Judge
 from .measure import autocast
-from .meter import Meter, gpt_flops, peak_flops
+from .meter import Meter, peak_flops
 from .preempt import Preempt
 from .record import Record
 
@@ -39,12 +39,13 @@ class State:
 
 class Loop:
     """Trains `job` from `state` on; `record` is told everything, `checkpoints` keep what is needed to go
-    on.
+    on. folder: of the run, for pictures made on the way.
     """
 
     def __init__(
-        self, job: Job, record: Record, checkpoints: Checkpoints, preempt: Preempt, state: State
-    ) -> None:
+        self, job: Job, record: Record, checkpoints: Checkpoints, preempt: Preempt, state: State,
+        folder: Path | None = None,
+    ) -> None:  # fmt: skip
         self.job, self.record, self.checkpoints, self.preempt, self.state = (
             job,
             record,
@@ -53,6 +54,7 @@ class Loop:
             state,
         )
         self.judge: Judge = job.objective.judge()
+        self.folder = folder
         self.saved = state.step
         self.sent: dict[int, int] = {}  # bytes by receiving rank in the last step
         self.stepped = False
@@ -123,10 +125,12 @@ class Loop:
             raise Diverged(
                 f"step {state.step + 1}: loss {mean}, gradient norm {norm}; weights were left as they were"
             )
+        if job.ema is not None:
+            job.ema.update(job.model)
         self.sent, self.stepped = dict(job.layout.traffic.sent), True
         state.step, state.samples = state.step + 1, state.samples + job.global_batch
         state.tokens += int(counts[1])
-        values = self.meter.update(state.step, int(counts[1]), self._flops(batches, int(counts[1])))
+        values = self.meter.update(state.step, int(counts[1]), job.objective.flops(batches) * job.dp)
         return {"loss": mean, "grad_norm": norm, "lr": lr, "tokens": state.tokens, "valid": valid, **values}
 
     def _batches(self) -> Iterator[Batch]:
@@ -141,36 +145,26 @@ class Loop:
         ):
             yield job.objective.load(job.data, wanted, self.state.step)
 
-    def _flops(self, batches: list[Batch], tokens: int) -> float:
-        """FLOP of the step over all ranks, from the pairs that the masks let through; other dp ranks are
-        taken to do the same.
-        """
-        model: Any = self.job.model
-        visible = 0
-        for mask in set(model.masks):
-            share = model.masks.count(mask) / len(model.masks)
-            visible += int(share * sum(pairs(b.mask(mask), b.length, model.kv_heads) for b in batches))
-        _, rest = parameter_counts(self.job.model)
-        if model.head.weight is model.embed.weight:
-            rest += model.head.weight.numel()  # the tied table works as the output layer
-        return gpt_flops(rest, tokens, model.layers, model.heads, model.head_dim, visible * self.job.dp)
-
     def evaluate(self, samples: int) -> None:
         """The first `samples` held-out samples, measured and recorded."""
-        self.evaluated(self.judge.held_out(self.job, samples))
+        with self.job.averaged():
+            self.evaluated(self.judge.held_out(self.job, samples))
+            if self.folder is not None:
+                for name, path in self.judge.show(self.job, self.folder, self.state.step).items():
+                    self.record.picture(name, path)
+        self.meter.restart()
 
     def evaluated(self, values: Mapping[str, float]) -> None:
         """Records what was measured on held-out data."""
         row = {"step": self.state.step, "tokens": self.state.tokens, **values}
         self.state.evals.append(row)
         self.record.evaluated(row, self.judge.words(row))
-        self.meter.restart()
 
     def save(self) -> None:
         """A checkpoint of now, written beside training. One that fails is reported: training goes on."""
         self._finished()
         try:
-            self.checkpoints.save(self.state.step, self.job.engine.save(), extra(self.job, self.state))
+            self.checkpoints.save(self.state.step, self.job.state(), extra(self.job, self.state))
             self.saved = self.state.step
         except SaveError as error:
             self.record.note(f"checkpoint of step {self.state.step} failed, training goes on: {error}")
@@ -179,7 +173,7 @@ class Loop:
     def save_last(self) -> None:
         """The checkpoint that the run ends with; SaveError if it cannot be written, also at a second try."""
         if self.saved != self.state.step or not self._finished():
-            self.checkpoints.save(self.state.step, self.job.engine.save(), extra(self.job, self.state))
+            self.checkpoints.save(self.state.step, self.job.state(), extra(self.job, self.state))
             self.checkpoints.wait()
             self.saved = self.state.step
 
@@ -209,7 +203,11 @@ def extra(job: Job, state: State) -> dict[str, Any]:
 def fingerprint(job: Job) -> str:
     """A hash of what decides which sample has which index."""
     facts = job.data.describe()
-    kept = {name: facts.get(name) for name in ("corpus", "sha256", "tokenizer", "context", "pack", "samples")}
+    names = (
+        *("corpus", "sha256", "tokenizer", "context", "pack", "samples", "held_out", "size", "sizes"),
+        *("frames", "canvas", "speed", "shrink"),
+    )
+    kept = {name: facts[name] for name in names if name in facts}
     return hashlib.sha256(json.dumps([kept, job.cfg.seed], sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -217,7 +215,7 @@ def resume(job: Job, checkpoints: Checkpoints, which: str) -> State:
     """Loads the checkpoint that `which` names into the job: the state to go on from. Other data is
     refused.
     """
-    tensors = job.engine.save()
+    tensors = job.state()
     kept = checkpoints.load(which, tensors)
     if kept is None:
         return State()
@@ -226,5 +224,5 @@ def resume(job: Job, checkpoints: Checkpoints, which: str) -> State:
             "resume: the data is not the one that the checkpoint was trained on (its hash differs); "
             "restore data.*, or start anew with resume=never and another run.name"
         )
-    job.engine.load(tensors)
+    job.load(tensors)
     return State(kept["step"], kept["samples"], kept["tokens"], kept["seconds"], kept["evals"])

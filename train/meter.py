@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 WINDOW = 20
 
@@ -106,6 +107,13 @@ def gpt_flops(
     backward pass counts twice the forward one, recomputation not at all.
     """
     return 6.0 * parameters_without_embedding * tokens + 12.0 * layers * heads * head_dim * visible_pairs
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """All parameters, and those that are no embedding table."""
+    total = sum(p.numel() for p in model.parameters())
+    tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    return total, total - sum(tables.values())
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

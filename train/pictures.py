@@ -26,6 +26,7 @@ INK, FAINT, EMPTY = "#22303c", "#7c8a97", "#f1f3f5"
 BLUE, ORANGE = "#2f6db5", "#d9722e"
 # One colour a rank, told apart by most colour-blind readers; from rank 8 on they repeat.
 RANKS = ("#2f6db5", "#e08a2e", "#3a9a78", "#c8506a", "#7b62b3", "#6fb4d8", "#a3812d", "#5d6b78")
+BITS = "bits per byte"
 # Pixel rows to a tile: it divides by the usual numbers of ranks, so that interleaved ranks get equal stripes.
 GRAIN = 24
 
@@ -66,24 +67,26 @@ def loss_curve(
     *,
     evals: Sequence[Mapping[str, Any]],
     bounds: Mapping[str, float],
+    unit: str = BITS,
 ) -> Path:
-    """Training and held-out loss, in bits per byte, against the tokens seen.
+    """Training and held-out loss, in bits per byte or `unit`, against the tokens seen.
 
-    rows, evals: with `tokens` (seen so far) and `bits_per_byte` or, where a token is a byte, `loss` in nats.
-    bounds: bits per byte that others reach on this text, by name, drawn as labelled levels.
+    rows, evals: with `tokens` (seen so far) and `bits_per_byte` or, where a token is a byte, `loss` in nats;
+    in another unit `loss` as it is. bounds: what others reach on this data, drawn as labelled levels.
     """
     with styled():
-        return _save(draw_loss_curve(rows, evals=evals, bounds=bounds), path)
+        return _save(draw_loss_curve(rows, evals=evals, bounds=bounds, unit=unit), path)
 
 
 def draw_loss_curve(
-    rows: Sequence[Mapping[str, Any]], *, evals: Sequence[Mapping[str, Any]], bounds: Mapping[str, float]
-) -> Figure:
+    rows: Sequence[Mapping[str, Any]], *, evals: Sequence[Mapping[str, Any]], bounds: Mapping[str, float],
+    unit: str = BITS,
+) -> Figure:  # fmt: skip
     figure, axes = _canvas(8.0, 4.2)
-    tokens, bits = _points(rows)
+    tokens, bits = _points(rows, unit)
     axes.plot(tokens, bits, color=BLUE, alpha=0.28, linewidth=0.8, label="_raw")
     axes.plot(tokens, smooth(bits, max(len(bits) // 40, 1)), color=BLUE, linewidth=1.8, label="training")
-    at, held_out = _points(evals)
+    at, held_out = _points(evals, unit)
     if len(at):
         label = f"held out, {held_out[-1]:.2f} at the end"
         axes.plot(
@@ -94,16 +97,16 @@ def draw_loss_curve(
     axes.set_ylim(max(low - 0.08 * (high - low) - 0.05, 0.0), high + 0.06 * (high - low) + 0.05)
     axes.set_xlim(0, max([*tokens, *at, 1]))
     _levels(axes, bounds)
-    axes.set(title="Loss over training", xlabel="tokens seen", ylabel="bits per byte")
+    axes.set(title="Loss over training", xlabel="tokens seen", ylabel=unit)
     axes.xaxis.set_major_formatter(lambda value, _: amount(value))
     axes.grid(axis="y")
     axes.legend(loc="upper right")
     return figure
 
 
-def _points(rows: Sequence[Mapping[str, Any]]) -> tuple[Floats, Floats]:
-    """Tokens and bits per byte of the rows that have a finite loss."""
-    pairs = [(row["tokens"], _bits(row)) for row in rows]
+def _points(rows: Sequence[Mapping[str, Any]], unit: str) -> tuple[Floats, Floats]:
+    """Tokens and loss of the rows that have a finite one."""
+    pairs = [(row["tokens"], _bits(row) if unit == BITS else float(row["loss"])) for row in rows]
     array = np.array([pair for pair in pairs if math.isfinite(pair[1])], dtype=float).reshape(-1, 2)
     return array[:, 0], array[:, 1]
 

@@ -14,8 +14,9 @@ from .checkpoint import Checkpoints
 from .config import made, redacted, typed
 from .entry import guarded
 from .finish import finish, headline
-from .job import Job, Launch, build, parameter_counts, processes, run_folder
+from .job import Job, Launch, build, processes, run_folder
 from .loop import Loop, State, resume
+from .meter import parameter_counts
 from .preempt import EXIT_PREEMPTED, Preempt
 from .progress import Progress
 from .record import Record, open_folder, write_json
@@ -76,7 +77,7 @@ def _run(job: Job, folder: Path, preempt: Preempt, shown: Progress) -> int:
     )
     state = resume(job, checkpoints, job.cfg.resume)
     record = _record(job, folder, state, shown)
-    loop = Loop(job, record, checkpoints, preempt, state)
+    loop = Loop(job, record, checkpoints, preempt, state, folder)
     if dist.get_rank() == 0:
         shown.start(facts(loop, folder))
         for note in notes:
@@ -146,20 +147,17 @@ def facts(loop: Loop, folder: Path) -> dict[str, str]:
     """What runs, for the header."""
     job, model = loop.job, loop.job.model
     total, _ = parameter_counts(model)
-    described = job.data.describe()
-    placement = job.layout.place(job.data.context, job.mask)
+    placement = job.layout.place(job.context, job.mask)
     degrees = " x ".join(
         f"{n} {s}" for n, s in zip(job.mesh.mesh_dim_names or (), job.mesh.shape, strict=True) if s > 1
     )
-    uneven = placement.imbalance(job.mask, model.kv_heads)  # type: ignore[arg-type]
+    uneven = placement.imbalance(job.mask, model.kv_heads)
     return {
         "model": f"{type(model).__name__}, {total:,} parameters, {job.cfg.train.precision}",
         "layout": f"{type(job.layout).__name__.lower()}, {degrees or 'one process'}, "
         f"work max/mean {uneven:.2f} over ranks",
         "mask": f"{job.mask} in each document",
-        "data": f"{described.get('corpus', '?')}: {described.get('documents', '?')} documents, "
-        f"{job.data.context} tokens a sequence, padding {100 * float(described.get('padding', 0)):.2f}%, "
-        f"{described.get('bad', 0)} bad records",
+        "data": loop.judge.facts(job),
         "step": f"{job.global_batch} sequences a step, {job.cfg.train.steps} steps",
         "from": f"step {loop.state.step}" if loop.state.step else "the start",
         "peak": f"{loop.peak / 1e9:.1f} GFLOP/s a rank ({loop.peak_source})",

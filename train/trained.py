@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -32,13 +34,20 @@ def config_of(folder: Path, **groups: DictConfig) -> DictConfig:
     return typed(kept)
 
 
-def load_weights(folder: Path, which: str, model: nn.Module, warn: Callable[[str], None]) -> int:
-    """Loads the model's weights from checkpoint `which` (auto or a path) of the run in `folder`; the step it
-    was saved at.
+def load_weights(
+    folder: Path, which: str, model: nn.Module, warn: Callable[[str], None], *, averaged: bool = False
+) -> int:
+    """Loads the model's weights, or their average, from checkpoint `which` (auto or a path) of the run in
+    `folder`; the step it was saved at.
     """
-    tensors = {"model": get_model_state_dict(model)}
+    own = get_model_state_dict(model)
+    names = {name for name, _ in model.named_parameters()}
+    weights = {name: x for name, x in own.items() if name in names}
+    tensors: dict[str, Any] = {"model": own}
+    if averaged:
+        tensors = {"ema": {"weights": weights, "updates": torch.tensor(0)}}
     found = Checkpoints(folder / "checkpoints", asynchronous=False, warn=warn).load(which, tensors)
     if found is None:
         raise FileNotFoundError(f"run.dir={folder} holds no checkpoint yet")
-    set_model_state_dict(model, tensors["model"])
+    set_model_state_dict(model, own)
     return int(found["step"])

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ class Sample:
     offsets: tuple[int, ...]
 
 
+@runtime_checkable
 class Dataset(Protocol):
     """A data set. `index // len(dataset)` is the epoch; nothing here knows of ranks."""
 

@@ -1,6 +1,6 @@
 """FSDP2: weights, gradients and optimizer state sharded over the ranks that share them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,7 +23,7 @@ from .states import load_state, saved_state, update
 
 DType = Literal["float32", "bfloat16"]
 # what an objective computes besides its forward, with whole weights too
-FORWARDS = ("losses", "guesses")
+FORWARDS = ("losses", "guesses", "say")
 
 
 class FSDP:
@@ -65,6 +65,7 @@ class FSDP:
         for method in FORWARDS:
             if hasattr(objective, method):
                 register_fsdp_forward_method(objective, method)
+                setattr(objective, method, _resharded(objective, getattr(objective, method)))
         for module in objective.modules():
             if isinstance(module, FSDPModule):
                 # each rank's loss is already its share of the global mean: gradients are added, not averaged
@@ -110,6 +111,20 @@ class FSDP:
         fully_shard(
             module, mesh=over, reshard_after_forward=reshard, mp_policy=self.precision, offload_policy=offload
         )
+
+
+def _resharded(objective: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, after which only shards are left: where no backward follows, nothing else frees weights."""
+
+    def calling(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        finally:
+            for module in objective.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    return calling
 
 
 def total_norm(grads: Sequence[Tensor]) -> float:

@@ -1,15 +1,20 @@
 """Next-token prediction: the loss of a decoder, weighted by token over all ranks."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ...kernels.loss import linear_cross_entropy, token_losses
-from ...models.block import Attend
+from ...kernels.mask import Documents, Mask
+from ...kernels.tile import pairs
+from ...models.block import Attends
 from ...models.gpt import GPT
 from ..batch import Shard, Tokens, collate
 from ..data.sample import Dataset
 from ..judge import Judge
 from ..judge_text import TextJudge
+from ..meter import gpt_flops, parameter_counts
 
 
 class NextToken(nn.Module):
@@ -25,16 +30,34 @@ class NextToken(nn.Module):
         """See `Objective`."""
         return collate([data.sample(i, step) for i in wanted])
 
+    def context(self, data: Dataset) -> int:
+        return data.context
+
+    def example(self, data: Dataset, mask: Mask) -> Mask:
+        several = data.describe().get("pack") is not None  # packed documents, or one and its padding
+        return Documents((0, 1) if several else (0,), inner=mask)
+
+    def flops(self, batches: Sequence[Tokens]) -> float:
+        model, visible = self.model, 0
+        for mask in set(model.masks):
+            seen = sum(pairs(b.mask(mask), b.length, model.kv_heads) for b in batches)
+            visible += seen * model.masks.count(mask) // len(model.masks)
+        _, rest = parameter_counts(model)
+        if model.head.weight is model.embed.weight:
+            rest += model.head.weight.numel()  # the tied table works as the output layer
+        tokens = sum(b.rows * b.length for b in batches)
+        return gpt_flops(rest, tokens, model.layers, model.heads, model.head_dim, visible)
+
     def judge(self) -> Judge:
         return TextJudge()
 
-    def hidden(self, part: Shard, attend: Attend) -> Tensor:
+    def hidden(self, part: Shard, attend: Attends) -> Tensor:
         x: Tensor = self.model(
             part.tokens, part.positions, attend, offsets=part.offsets, previous=part.previous
         )
         return x.flatten(0, 1)
 
-    def forward(self, part: Shard, attend: Attend, denominator: float) -> Tensor:
+    def forward(self, part: Shard, attend: Attends, denominator: float) -> Tensor:
         """This rank's share of the mean: its summed loss, nats, over the *global* number of valid tokens."""
         weight, labels = self.model.head.weight, part.labels.flatten()
         return linear_cross_entropy(
@@ -47,7 +70,7 @@ class NextToken(nn.Module):
         )
 
     @torch.no_grad()
-    def losses(self, part: Shard, attend: Attend) -> Tensor:
+    def losses(self, part: Shard, attend: Attends) -> Tensor:
         """Nats of each token, float32 [B, N], 0 where the label is ignored."""
         flat = token_losses(
             self.hidden(part, attend), self.model.head.weight, part.labels.flatten(), chunk=self.chunk
@@ -55,7 +78,7 @@ class NextToken(nn.Module):
         return flat.view_as(part.labels)
 
     @torch.no_grad()
-    def guesses(self, part: Shard, attend: Attend, asked: Tensor) -> Tensor:
+    def guesses(self, part: Shard, attend: Attends, asked: Tensor) -> Tensor:
         """The most likely next token where `asked`, bool [B, N], is true: int64 [asked tokens]."""
         logits: Tensor = self.model.head(self.hidden(part, attend)[asked.flatten()])
         return logits.argmax(-1)

@@ -1,10 +1,12 @@
 """What is trained for: how samples become batches, their loss, and who judges the results."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from ...models.block import Attend
+from ...kernels.mask import Mask
+from ...models.block import Attends
 from ..batch import Batch
 
 
@@ -17,11 +19,23 @@ class Objective(Protocol):
         """The samples with these global indices, the same whatever the ranks, batches and layouts are."""
         ...
 
-    def __call__(self, part: Any, attend: Attend, denominator: float) -> Tensor:
+    def context(self, data: Any) -> int:
+        """Tokens of a sequence, over all ranks. ValueError if the data does not fit the model."""
+        ...
+
+    def example(self, data: Any, mask: Mask) -> Mask:
+        """What a layer's mask becomes for a batch, as `Batch.mask` says of each."""
+        ...
+
+    def flops(self, batches: Sequence[Batch]) -> float:
+        """FLOP of a step over these, forward and backward, counting only pairs that the masks let through."""
+        ...
+
+    def __call__(self, part: Any, attend: Attends, denominator: float) -> Tensor:
         """This rank's *share* of the loss: the sum over what it holds, over the global number of terms."""
         ...
 
-    def losses(self, part: Any, attend: Attend) -> Tensor:
+    def losses(self, part: Any, attend: Attends) -> Tensor:
         """The loss of each token held here, float32 [B, N], not differentiable."""
         ...
 

@@ -1,0 +1,63 @@
+"""Held-out loss at fixed times and fixed noise, so that steps and runs can be compared."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...kernels.mask import Mask
+from ...parallel.layout import Layout
+from ..batch import bind
+from ..data.clip import Clips
+from ..objective.denoise import Denoise
+from .batch import load
+
+TIMES = 8
+# Samples at once: nothing depends on it.
+_MICRO = 16
+
+
+def validation_loss(
+    denoise: Denoise,
+    data: Clips,
+    samples: int,
+    *,
+    patch: int | Sequence[int],
+    layout: Layout,
+    mask: Mask,
+    device: torch.device,
+    part: tuple[int, int] = (0, 1),
+    times: int = TIMES,
+) -> Tensor:
+    """Mean loss of the first `samples` of `data` at the medians of `times` equal parts of training's times.
+
+    float64 [times], the same on every rank; its mean is one number for all.
+
+    part: this rank's place among those that take other samples (dp), and their number.
+    """
+    rank, ranks = part
+    sums = torch.zeros(2, times, dtype=torch.float64)
+    was = denoise.training
+    denoise.eval()
+    for indices in _alike(data, range(rank, min(samples, len(data)), ranks)):
+        clean = load(data, indices, patch)
+        for number in range(times):
+            rows = denoise.probe(clean, number, times)
+            placement = layout.place(rows.tokens.shape[1], rows.mask(mask))
+            here = rows.held(layout, placement, device)
+            errors = denoise.losses(here, bind(layout, placement))
+            sums[0, number] += errors.double().sum().cpu()
+            sums[1, number] += here.real.sum().cpu()
+    denoise.train(was)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums[0] / sums[1].clamp_min(1.0)
+
+
+def _alike(data: Clips, wanted: Iterable[int]) -> Iterator[list[int]]:
+    """Batches of neighbours of one shape."""
+    for _, group in groupby(wanted, data.shape):
+        indices = list(group)
+        yield from (indices[at : at + _MICRO] for at in range(0, len(indices), _MICRO))
