@@ -64,6 +64,7 @@ gpu-test: ## the tests that need a CUDA device, with .venv or the python3 that h
 
 gpu-bench: ## time the kernels on a CUDA device into benchmarks/results/
 	$(PY) -m benchmarks.kernels $(ARGS)
+	$(PY) -m benchmarks.virtual_ranks
 
 docs-check: $(INSTALLED) ## run the commands that README and docs/ mark as runnable
 	$(BIN)/python tests/docs_check.py README.md CONTRIBUTING.md docs/*.md

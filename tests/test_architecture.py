@@ -28,9 +28,11 @@ ARROWS = {
 SEAM = ("parallel.layout", "parallel.layout.Layout")
 # What a room may import from elsewhere, besides the standard library; train and launch may import anything.
 GUESTS = {"kernels": {"torch", "triton"}, "parallel": {"torch"}, "models": {"torch"}, "conf": set[str]()}
-ENTRIES = {f"train/{name}.py" for name in ("__main__", "cli", "evaluate", "sample", "convert")}
+# And what it may load by name where it is installed, in a function and never at import.
+LOADED = {"kernels": {"liger_kernel"}}
+ENTRIES = {f"train/{name}.py" for name in ("__main__", "cli", "evaluate", "sample", "draw", "convert")}
 # A machine with a GPU may have no more than this, and collects the files that hold GPU tests.
-GPU_GUESTS = {"torch", "triton", "pytest", "numpy", "matplotlib", "world"}
+GPU_GUESTS = {"torch", "triton", "pytest", "numpy", "matplotlib", "world", "compositions"}
 GPU_ROOMS = ("longspan.kernels", "longspan.parallel", "longspan.models")
 # Not written out, since `make gpu-test` looks for files that hold it.
 GPU_MARK = ".".join(("mark", "gpu"))
@@ -61,6 +63,13 @@ def imports(path: str, module: ast.Module) -> Iterator[tuple[str, bool]]:
             up = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*up, *(node.module or "").split(".")]).strip(".")
             yield from ((f"{base}.{alias.name}".strip("."), node.level > 0) for alias in node.names)
+
+
+def loaded(module: ast.Module) -> Iterator[str]:
+    """Each name that is given to import_module, which needs no import statement."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield ast.unparse(node.args[0]).strip("'")
 
 
 def folders(tree: Path) -> Iterator[str]:
@@ -113,6 +122,9 @@ def guests(tree: Path) -> Iterator[str]:
             known = name.split(".")[0] in GUESTS[room] | sys.stdlib_module_names
             if not inside and (not known or (room == "kernels" and name.startswith("torch.distributed"))):
                 yield f"{path} imports {name}"
+        for name in loaded(module):
+            if name.split(".")[0] not in LOADED.get(room, set()):
+                yield f"{path} loads {name}"
         uses = {ast.unparse(node) for node in ast.walk(module) if isinstance(node, ast.Attribute)}
         if room == "kernels" and "torch.distributed" in uses:
             yield f"{path} uses torch.distributed"
@@ -238,6 +250,7 @@ BREACHES: list[tuple[Rule, dict[str, str], str]] = [
     (guests, {"kernels/x.py": "import torch\ntorch.distributed.barrier()"}, "uses torch.distributed"),
     (guests, {"parallel/x.py": "import triton"}, "parallel/x.py imports triton"),
     (guests, {"models/x.py": "def f():\n    import hydra"}, "models/x.py imports hydra"),
+    (guests, {"models/x.py": "importlib.import_module('hydra.core')"}, "models/x.py loads hydra.core"),
     (circles, {"train/a.py": "from . import b", "train/b.py": "from .a import f"}, "train.a <- train.b"),
     (circles, {"train/a.py": "def f():\n    from .a import f"}, "train.a <- train.a"),
     (no_utils, {"kernels/utils.py": ""}, "kernels/utils.py has no idea"),

@@ -18,7 +18,7 @@ from longspan.kernels.attention import (
     merge,
     nothing,
 )
-from longspan.kernels.mask import Causal, Documents, First, Full, Mask
+from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Unsupported
 from longspan.kernels.span import Span, cut
 from masks import random_mask, random_spans
 from oracle import (
@@ -290,6 +290,18 @@ def test_dtypes_and_rows_that_do_not_fit_are_refused() -> None:
         attention(q, q, q, Documents(((0, 2), (0, 3))), AT, AT)
     with pytest.raises(ValueError, match="bound to 2 kv heads, but k has 1"):
         attention(q, q, q, Causal().heads([0, 1], 2), AT, AT)
+
+
+def test_sigmoid_asked_for_an_lse_is_refused() -> None:
+    q, sigmoid = torch.zeros(1, 4, 1, 8), AttentionOptions(normalizer="sigmoid")
+    out, none = forward(q, q, q, Causal(), AT, AT, options=sigmoid)
+    assert none is None
+    with pytest.raises(Unsupported, match="merge needs the lse of both, got None; sigmoid has none"):
+        merge((out, none), (out, none))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="lse is Tensor, but the sigmoid backward has none"):
+        backward(q, None, q, q, q, q[..., 0, 0], Causal(), AT, AT, options=sigmoid)
+    with pytest.raises(ValueError, match="lse is NoneType, but the softmax backward needs it"):
+        backward(q, None, q, q, q, None, Causal(), AT, AT)
 
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [

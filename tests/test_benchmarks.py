@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_mask
 # benchmarks/ stands beside the package, and nothing installs it
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import exact, kernels, peers
+from benchmarks import exact, figure, kernels, peers, report
 from benchmarks.area import area, by_index
 from benchmarks.cases import SHAPES, Case, Job, Shape, jobs, masked, volume
 from benchmarks.figure import draw
@@ -31,6 +31,7 @@ from longspan.kernels.patterns import Strided
 from longspan.kernels.span import positions
 
 CPU = torch.device("cpu")
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 GRID, BRICK = (4, 8, 8), (2, 4, 4)
 MASKS: dict[str, Mask] = {
     "full": Full(),
@@ -260,5 +261,12 @@ def test_times_are_of_the_two_halves() -> None:
 
 def test_the_figure_of_dense_cases_alone(tmp_path: Path) -> None:
     one = entry("causal", 500_000, longspan=(4.0, 20.0))
-    path = draw(Results({one.case.key: one}), contenders(CPU), tmp_path / "a.png", "a device", Unit())
-    assert path.read_bytes()[:4] == b"\x89PNG"
+    content = report.document(Results({one.case.key: one}), CPU, contenders(CPU), {})
+    assert draw(content, tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_figure_is_drawn_again_from_its_json(tmp_path: Path) -> None:
+    for name in ("kernels-cpu.json", *(p.name for p in RESULTS.glob("kernels-nvidia*.json"))):
+        (tmp_path / name).write_text((RESULTS / name).read_text())
+        figure.main([str(tmp_path / name)])
+        assert (tmp_path / name).with_suffix(".png").read_bytes()[:4] == b"\x89PNG"

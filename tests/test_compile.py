@@ -23,11 +23,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from longspan.kernels import flash_backward, flash_forward
+from longspan.kernels.grain import grain
+from longspan.kernels.heads import PerHead
 from longspan.kernels.lower import lower
 from longspan.kernels.mask import Causal, Documents, Mask, Window
 from longspan.kernels.neighborhood import Neighborhood
 from longspan.kernels.options import AttentionOptions
-from longspan.kernels.patterns import Strided
+from longspan.kernels.patterns import BlockPermutation, Strided
 from longspan.kernels.predicate import constant
 from longspan.kernels.span import Span
 from longspan.kernels.tile import tiles
@@ -82,13 +84,16 @@ class Use:
 
 
 GATE = [
-    *(Case(sm, head_dim) for sm in (90, 80, 100) for head_dim in (64, 128)),
-    *(Case(90, head_dim, "window & documents") for head_dim in (64, 128)),
-    *(Case(90, 128, mask) for mask in ("s2", "neighbourhood")),
+    *(
+        Case(sm, head_dim, mask)
+        for mask in ("causal", "s2")
+        for sm in (90, 80, 100)
+        for head_dim in (64, 128)
+    ),
+    *(Case(90, head_dim, "neighbourhood") for head_dim in (64, 128)),
 ]
 REST = [
-    *(Case(90, 64, mask) for mask in ("s2", "neighbourhood")),
-    *(Case(sm, head_dim, "s2") for sm in (80, 100) for head_dim in (64, 128)),
+    *(Case(90, head_dim, "window & documents") for head_dim in (64, 128)),
     *(Case(sm, 128, mask) for sm in (80, 100) for mask in ("window & documents", "neighbourhood")),
     *(Case(90, head_dim) for head_dim in (16, 72, 96, 256)),
     *(Case(90, 128, scores=scores) for scores in ("softcap", "sigmoid")),
@@ -141,7 +146,7 @@ def launch(case: Case, kernel: str) -> None:
     k, v = (torch.zeros(batch, n, hk, head_dim, dtype=dtype) for _ in range(2))
     mask, at, options = MASKS[case.mask], (Span(0, n),), OPTIONS[case.scores]
     low = lower(mask, at, at, hk, q.device)
-    block = getattr(flash_forward.config(head_dim, dtype, divmod(case.sm, 10)), kernel)
+    block = getattr(flash_forward.config(head_dim, dtype, divmod(case.sm, 10), grain(mask)), kernel)
     size, transpose = (block.queries, block.keys), kernel == "dkdv"
     lists = tiles(mask, at, at, hk, size=size, transpose=transpose, device=q.device)
     lse = torch.zeros(batch, hq, n) if options.normalizer == "softmax" else None
@@ -214,7 +219,9 @@ def test_the_causal_forward_on_hopper_spills_nothing() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("case", ONES, ids=lambda case: case.scores)
+@pytest.mark.parametrize(
+    "case", [ONES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in ONES[1:])], ids=str
+)
 def test_sizes_of_one_compile(case: Case, kernel: str, compilers: Compilers) -> None:
     """Triton makes a constant of every size that is 1, also inside the tuples that the kernels take."""
     assert compilers[case, kernel].result().registers > 0
@@ -244,6 +251,18 @@ def test_configurations_fit_every_head_dim_and_device() -> None:
     bf16 = torch.bfloat16
     assert flash_forward.config(72, bf16, (9, 0)) == flash_forward.config(128, bf16, (10, 0))
     assert flash_forward.config(72, bf16, (9, 0)) != flash_forward.config(72, bf16, (8, 6))
+
+
+def test_tiles_of_keys_divide_the_blocks_of_the_mask() -> None:
+    """64 keys a tile where blocks of 64 are seen one by one; 128 where they need not be."""
+    sparse = Strided(64, 8, 16) & Causal()
+    for mask, keys in (
+        (sparse, 64), (sparse.heads((3,), 8), 64), (PerHead((Causal(), sparse)), 64),
+        (BlockPermutation(192, 4), 64), (Strided(128, 4, 16), 128), (Strided(32, 4, 16), 128),
+        (Strided(64, 8, 1), 128), (Causal(), 128), (Documents((0, 100), sparse), 128),
+    ):  # fmt: skip
+        found = flash_forward.config(128, torch.bfloat16, (9, 0), grain(mask))
+        assert found.dkdv.keys == keys
 
 
 if __name__ == "__main__":

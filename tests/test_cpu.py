@@ -8,6 +8,7 @@ import torch
 from longspan.kernels.attention import AttentionOptions, Unsupported, attention
 from longspan.kernels.lower import lower, visible
 from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Window
+from longspan.kernels.patterns import Strided
 from longspan.kernels.span import Span, Spans, total
 from longspan.kernels.steps import steps
 from longspan.kernels.tile import area
@@ -51,6 +52,7 @@ def test_cpu_equals_reference(seed: int) -> None:
     (Window(200), 700, 72),
     (Documents(((0, 130, 400, 400), (0, 300, 400, 430)), Causal() & (Window(150) | First(4))), 450, 80),
     (Phase(3) & Causal(), 400, 33),
+    (Strided(32, 2, 4) & Causal(), 600, 16),
 ], ids=str)  # fmt: skip
 def test_cpu_equals_reference_over_many_tiles(mask: Mask, length: int, dim: int, dtype: torch.dtype) -> None:
     at = (Span(0, length),)
@@ -61,6 +63,7 @@ def test_cpu_equals_reference_over_many_tiles(mask: Mask, length: int, dim: int,
 @pytest.mark.parametrize("mask", [
     Full(), Causal(), Window(300), Causal() & (Window(300) | First(4)), Documents((0, 700, 1210), Causal()),
     Documents((0, 700, 1210), Window(200)), Phase(3), Phase(3) & Window(99, 400),
+    Strided(32, 2, 4) & Causal(),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("at", [
     ((Span(0, 1500),), (Span(0, 1500),)),
@@ -83,14 +86,16 @@ def test_steps_meet_each_visible_pair_once(mask: Mask, at: tuple[Spans, Spans]) 
 
 @pytest.mark.parametrize(("mask", "most"), [
     (Full(), 1.0), (Causal(), 1.01), (Documents((0, 700, 1210), Causal()), 1.01), (Window(300), 1.4),
-    (Causal() & (Window(300) | First(4)), 1.9), (Documents((0, 700, 1210), Window(300)), 1.4),
+    (Causal() & (Window(300) | First(4)), 1.5), (Documents((0, 700, 1210), Window(300)), 1.4),
+    (Strided(64, 2, 4) & Causal(), 1.4), (Strided(32, 1, 8) & Causal(), 1.9),
 ], ids=str)  # fmt: skip
 def test_little_work_is_on_hidden_pairs(mask: Mask, most: float) -> None:
-    at = (Span(0, 1500),)
+    at, heads = (Span(0, 1500),), 2
     met = 0.0
-    for step in steps(mask, at, at, kv_heads=1):
-        met += (step.rows.stop - step.rows.start) * total(step.keys) * (0.5 if step.causal else 1)
-    assert met <= most * area(mask, at, at, 1)
+    for head in range(heads):
+        for step in steps(mask, at, at, kv_heads=heads, group=(0, head if mask.per_head else 0)):
+            met += (step.rows.stop - step.rows.start) * total(step.keys) * (0.5 if step.causal else 1)
+    assert met / heads <= most * area(mask, at, at, heads)
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,16 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from longspan.train.config import Root, typed
+from longspan.train.draw import Drawing
 from longspan.train.evaluate import Evaluation
 from longspan.train.sample import Sampling, quoted
 
 ROOT = Path(__file__).parent.parent
 COMMAND = re.compile(
-    r"(?:-m longspan\.train(?:\.(evaluate|sample))?|longspan (train|evaluate|sample)|make train)\b(.*)"
+    r"(?:-m longspan\.train(?:\.(evaluate|sample|draw))?|longspan (train|evaluate|sample|draw)|make train)"
+    r"\b(.*)"
 )
-SCHEMAS: dict[str, type] = {"train": Root, "evaluate": Evaluation, "sample": Sampling}
+SCHEMAS: dict[str, type] = {"train": Root, "evaluate": Evaluation, "sample": Sampling, "draw": Drawing}
 
 
 def commands() -> Iterator[tuple[str, str, list[str]]]:

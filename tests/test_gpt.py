@@ -22,7 +22,9 @@ LENGTH, VOCAB = 23, 19
 
 
 def attend(length: int = LENGTH) -> Attend:
-    return bind(Single(), contiguous(length, 1))
+    bound = bind(Single(), contiguous(length, 1))
+    assert callable(bound)
+    return bound
 
 
 def small(**settings: Any) -> GPT:

@@ -1,6 +1,10 @@
 """The chunked loss: the naive one in value and gradients, for any chunk, and nothing where nothing counts."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longspan.kernels.loss import linear_cross_entropy, token_losses
+from longspan.kernels import fused_loss
+from longspan.kernels.loss import Backend, chosen, linear_cross_entropy, token_losses
+from longspan.kernels.mask import Unsupported
 
 N, D, V = 37, 12, 50
+on_each = pytest.mark.parametrize(
+    "backend",
+    [
+        "own",
+        pytest.param(
+            "torch", marks=pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="2.13")
+        ),
+    ],
+)
 
 
 def inputs(
@@ -42,14 +57,20 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
 
 
+@on_each
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 @pytest.mark.parametrize("chunk", [1, 8, 36, 37, 4096])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-def test_it_is_the_naive_loss(dtype: torch.dtype, limit: float, chunk: int, z_loss: float) -> None:
+def test_it_is_the_naive_loss(
+    dtype: torch.dtype, limit: float, chunk: int, z_loss: float, backend: Backend
+) -> None:
     x, weight, labels = inputs(dtype)
+    backend = "auto" if z_loss else backend
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
-        return linear_cross_entropy(x, weight, labels, denominator=41.0, chunk=chunk, z_loss=z_loss)
+        return linear_cross_entropy(
+            x, weight, labels, denominator=41.0, chunk=chunk, z_loss=z_loss, backend=backend
+        )
 
     found = with_gradients(ours, x, weight)
     right = with_gradients(lambda x, w: naive(x, w, labels, 41.0, z_loss), x.double(), weight.double())
@@ -68,14 +89,15 @@ def test_each_token_has_its_own_loss() -> None:
     assert not single[labels == -100].any()
 
 
-def test_losses_of_shards_add_up_to_the_mean_of_all_valid_tokens() -> None:
+@on_each
+def test_losses_of_shards_add_up_to_the_mean_of_all_valid_tokens(backend: Backend) -> None:
     """The denominator is the global count, a number or a tensor; shards differ in valid tokens."""
     x, weight, labels = inputs()
     valid = (labels != -100).sum()
     whole = F.cross_entropy(x @ weight.mT, labels)
     for denominator in (valid, float(valid)):
         parts = [
-            linear_cross_entropy(x[p], weight, labels[p], denominator=denominator, chunk=4)
+            linear_cross_entropy(x[p], weight, labels[p], denominator=denominator, chunk=4, backend=backend)
             for p in (slice(0, 3), slice(3, 20), slice(20, N))
         ]
         torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=1e-12)
@@ -96,34 +118,38 @@ def test_no_valid_token_is_no_loss_and_no_gradient(tokens: int, denominator: flo
     assert not token_losses(x, weight, labels).any()
 
 
-def test_another_ignore_index() -> None:
+@on_each
+def test_another_ignore_index(backend: Backend) -> None:
     x, weight, labels = inputs()
     moved = labels.where(labels != -100, 3)
     keep = moved != 3
     right = F.cross_entropy((x @ weight.mT)[keep], moved[keep], reduction="sum")
-    torch.testing.assert_close(linear_cross_entropy(x, weight, moved, denominator=1.0, ignore_index=3), right)
+    found = linear_cross_entropy(x, weight, moved, denominator=1.0, ignore_index=3, backend=backend)
+    torch.testing.assert_close(found, right)
     torch.testing.assert_close(token_losses(x, weight, moved, ignore_index=3).sum(), right)
 
 
-def test_only_the_gradients_that_are_wanted() -> None:
+@on_each
+def test_only_the_gradients_that_are_wanted(backend: Backend) -> None:
     x, weight, labels = inputs()
     right = with_gradients(lambda x, w: naive(x, w, labels, 1.0, 0.0), x, weight)
     for wanted in (0, 1):
         leaves = x.clone(), weight.clone()
         leaves[wanted].requires_grad_()
-        linear_cross_entropy(*leaves, labels, denominator=1.0, chunk=10).backward()
+        linear_cross_entropy(*leaves, labels, denominator=1.0, chunk=10, backend=backend).backward()
         grad = leaves[wanted].grad
         assert grad is not None and leaves[1 - wanted].grad is None
         torch.testing.assert_close(grad, right[1 + wanted], rtol=1e-12, atol=1e-12)
     with torch.no_grad():
-        loss = linear_cross_entropy(x.requires_grad_(), weight, labels, denominator=1.0)
+        loss = linear_cross_entropy(x.requires_grad_(), weight, labels, denominator=1.0, backend=backend)
     assert not loss.requires_grad
 
 
-def test_backward_may_run_twice_and_scales_with_what_comes_in() -> None:
+@on_each
+def test_backward_may_run_twice_and_scales_with_what_comes_in(backend: Backend) -> None:
     x, weight, labels = inputs()
     x.requires_grad_()
-    loss = linear_cross_entropy(x, weight, labels, denominator=5.0)
+    loss = linear_cross_entropy(x, weight, labels, denominator=5.0, backend=backend)
     once = torch.autograd.grad(loss, x, retain_graph=True)[0]
     again = torch.autograd.grad(loss, x, torch.tensor(3.0, dtype=torch.float64))[0]
     torch.testing.assert_close(again, 3 * once)
@@ -187,7 +213,7 @@ def test_it_never_holds_all_logits() -> None:
     x, weight, labels = inputs(torch.float32, tokens=1000)
     x, weight = x.requires_grad_(), weight.requires_grad_()
     with Watch():
-        linear_cross_entropy(x, weight, labels, denominator=1.0, chunk=100).backward()
+        linear_cross_entropy(x, weight, labels, denominator=1.0, chunk=100, backend="own").backward()
     assert max(sizes) == x.numel() and x.numel() < 1000 * V / 4
 
 
@@ -217,3 +243,79 @@ def test_input_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         call(*inputs())
+
+
+def test_auto_takes_what_keeps_the_contract() -> None:
+    """torch's operator has no z-loss, and would round the loss of bfloat16 to bfloat16."""
+    x, weight, _ = inputs(torch.float32)
+    has_operator = hasattr(F, "linear_cross_entropy")
+    assert chosen(x, weight) == ("torch" if has_operator else "own")
+    assert chosen(x, weight, backend="own") == "own" == chosen(x, weight, z_loss=1e-4)
+    assert chosen(x.bfloat16(), weight.bfloat16()) == "own" == chosen(x[:0], weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chosen(x, weight) == "own"
+
+
+def test_a_backend_that_cannot_says_why() -> None:
+    x, weight, labels = inputs(torch.float32)
+
+    def ask(backend: Any, x: Tensor = x, z_loss: float = 0.0) -> None:
+        linear_cross_entropy(x, weight, labels, denominator=1.0, z_loss=z_loss, backend=backend)
+
+    with pytest.raises(ValueError, match="backend is 'trition'; allowed: auto, own, torch, liger"):
+        ask("trition")
+    with pytest.raises(Unsupported, match="backend='liger': x is on cpu; it needs a CUDA device"):
+        ask("liger")
+    if hasattr(F, "linear_cross_entropy"):
+        with pytest.raises(Unsupported, match="backend='torch': z_loss is 0.1; it has none .backend='own'"):
+            ask("torch", z_loss=0.1)
+        with pytest.raises(Unsupported, match="x is torch.float64 and weight torch.float32; it takes"):
+            ask("torch", x.double())
+
+
+def test_without_torchs_operator_or_liger_auto_is_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "linear_cross_entropy", None, raising=False)
+    x, weight, _ = inputs()
+    assert chosen(x, weight) == "own"
+    with pytest.raises(Unsupported, match="has no linear_cross_entropy with chunks"):
+        chosen(x, weight, backend="torch")
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_linear_cross_entropy", None)
+    assert fused_loss._liger.__wrapped__() is None
+
+
+def liger_equals_own(device: str, dtype: torch.dtype) -> None:
+    """In value and gradients, twice over, with and without z-loss."""
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    x, weight, labels = (t.to(device) for t in inputs(dtype))
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    for z_loss in (0.0, 0.01):
+        loss = fused_loss.by_liger(x, weight, labels, ignore_index=-100, z_loss=z_loss) / 41
+        own = linear_cross_entropy(x, weight, labels, denominator=41.0, z_loss=z_loss, backend="own")
+        first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+        again = torch.autograd.grad(loss, (x, weight))
+        right = torch.autograd.grad(own, (x, weight))
+        assert distance(loss.detach(), own.detach()) < limit and loss.dtype == torch.float32
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert all(distance(a, b) < limit and a.dtype == dtype for a, b in zip(first, right, strict=True))
+
+
+@pytest.mark.slow
+def test_interpreted_liger_equals_own() -> None:
+    pytest.importorskip("liger_kernel")
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_liger_equals_own_on_a_gpu(dtype: torch.dtype) -> None:
+    pytest.importorskip("liger_kernel")
+    x, weight, _ = (t.to("cuda") for t in inputs(dtype))
+    assert chosen(x.requires_grad_(), weight) == "liger"
+    liger_equals_own("cuda", dtype)
+
+
+if __name__ == "__main__":
+    for dtype in (torch.float32, torch.float16):
+        liger_equals_own("cpu", dtype)

@@ -109,7 +109,7 @@ BAD = [
     (lambda: Documents(()), r"Documents.offsets must be sorted starts from 0, got \(\)"),
     (lambda: Documents((1, 4)), r"sorted starts from 0, got \(1, 4\)"),
     (lambda: Documents((0, 4, 3)), r"sorted starts from 0, got \(0, 4, 3\)"),
-    (lambda: Documents(((0, 4), (0,))), "rows of different lengths; pad them at the end with the length"),
+    (lambda: Documents(((0, 4), (0,))), "rows of different lengths; pad them with the length"),
     (lambda: Documents((0, 4), Causal().heads([0], 1)), "bind the whole mask instead"),
     (lambda: Causal().heads([0, 4], of=4), r"kv indices \[4\] are not heads of 4"),
     (lambda: Causal().heads([0, 1], of=4).heads([0], of=3), "of is 3, but the mask is bound to 2 kv heads"),

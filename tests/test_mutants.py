@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("kernels", "parallel", "models", "train", "conf", "tests")
+FOLDERS = ("kernels", "parallel", "models", "train", "conf", "tests", "benchmarks")
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Mutant:
 
 MUTANTS = [
     Mutant("zigzag without its mirror", "parallel/placement.py", "pieces[-1 - r]", "pieces[size + r]",
-           "test_layouts.py::test_zigzag_balances_causal_work"),
-    Mutant("hops counted the wrong way", "parallel/ring.py", "(self.ring.rank - hop)",
-           "(self.ring.rank + hop)",
-           "test_layouts.py::test_layouts_equal_one_device[3]"),
+           "test_placement.py::test_zigzag_is_even_under_a_causal_mask[8]"),
+    Mutant("hops counted the wrong way", "parallel/ring.py",
+           "(self.ring.rank - self.step * hop)", "(self.ring.rank + self.step * hop)",
+           "test_matrix.py::test_layouts_equal_one_device[3]"),
     Mutant("sign of dlse", "kernels/attention.py", "delta - dlse.masked_fill", "delta + dlse.masked_fill",
            "test_attention.py::test_a_loss_of_lse_alone_or_out_alone_has_its_gradient"),
     Mutant("maximum for log-sum-exp", "kernels/attention.py", "top + whole.log())", "top + 0 * whole.log())",
@@ -38,7 +38,7 @@ MUTANTS = [
            "torch.arange(len(low.heads), dev",
            "test_mask.py::test_heads_follow_their_global_index"),
     Mutant("gradients that do not come home", "parallel/ring.py", "own += home", "own += 0 * home",
-           "test_layouts.py::test_layouts_equal_one_device[2]"),
+           "test_matrix.py::test_layouts_equal_one_device[2]"),
     Mutant("window off by one", "kernels/mask.py", "(k >= q - left)", "(k > q - left)",
            "test_mask.py::test_each_mask_means_what_it_says"),
     Mutant("causal without the diagonal", "kernels/mask.py", "    return k <= q\n", "    return k < q\n",
@@ -53,12 +53,12 @@ MUTANTS = [
     Mutant("documents one token late", "kernels/mask.py", "right=True) - 1", "right=False) - 1",
            "test_mask.py::test_each_mask_means_what_it_says"),
     Mutant("inner masks at global positions", "kernels/lower.py",
-           "_see(low, tree[2], q - start_q, k - start_k, h)",
-           "_see(low, tree[2], q, k, h)",
+           "see(low, tree[2], q - start_q, k - start_k, h)",
+           "see(low, tree[2], q, k, h)",
            "test_mask.py::test_compositions_mean_what_their_parts_say"),
     Mutant("a shard that stops one hop early", "parallel/ring.py", "max(u, default=0)",
            "max(0, max(u, default=0) - 1)",
-           "test_layouts.py::test_a_shard_goes_no_further_than_its_last_user"),
+           "test_traffic.py::test_a_shard_goes_no_further_than_its_last_user"),
     Mutant("kv heads in the wrong order", "kernels/reference.py", "kh.repeat_interleave(times, 1)",
            "kh.repeat(1, times, 1, 1)", "test_attention_inputs.py::test_grouped_queries_are_repeated_keys"),
     Mutant("a mean over the local tokens", "kernels/loss.py", "dtype=whole.dtype, device=whole.device)",

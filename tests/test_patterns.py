@@ -1,5 +1,6 @@
 """Sparse masks: each means what tests/patterns.py says in plain Python; tiles are never judged wrongly."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from longspan.kernels.cells import kinds
 from longspan.kernels.heads import Heads, PerHead
 from longspan.kernels.lower import lower
 from longspan.kernels.mask import UNLIMITED, Causal, Full, Mask, Range
@@ -59,6 +61,54 @@ def test_compositions_mean_what_their_parts_say(seed: int) -> None:
     q, k = random_spans(draw, 60), random_spans(draw, 60)
     assert torch.equal(seen(mask, q, k), truth(mask, q, k, KV_HEADS))
     check_classification(mask, q, k, draw.choice([(4, 4), (7, 3), (5, 16)]))
+
+
+@pytest.mark.parametrize("mask", EACH, ids=str)
+def test_heads_of_one_kind_see_the_same(mask: Mask) -> None:
+    for heads in ((0, 1, 2, 3), (3, 0, 3, 1)):
+        found, (_, like) = seen(mask.heads(heads, 4), WHOLE, WHOLE), kinds(mask.heads(heads, 4), KV_HEADS)
+        for head, kind in enumerate(like if mask.per_head else [0] * KV_HEADS):
+            assert torch.equal(found[:, head], found[:, like.index(kind)])
+    if mask.per_head and not isinstance(mask, Strided):
+        different = {tuple(x.flatten().tolist()) for x in seen(mask, WHOLE, WHOLE)[0]}
+        assert len(kinds(mask, KV_HEADS)[0]) == len(different)
+
+
+def test_without_triton_predicates_still_hold_their_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton is for Linux only; the reference and the CPU do not need it."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    spec = importlib.util.spec_from_file_location("stand_in", ROOT / "kernels" / "jit.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.jit(max).fn(2, 3) == 3
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+from longspan.kernels.attention import attention, chosen
+from longspan.kernels.mask import Causal, Unsupported
+from longspan.kernels.neighborhood import Neighborhood
+from longspan.kernels.patterns import Strided
+from longspan.kernels.span import Span
+at, q = (Span(0, 64),), torch.randn(1, 64, 4, 8)
+for mask in (Causal(), Strided(4, 1, 4), Neighborhood((8, 8), 3)):
+    found = [attention(q, q, q, mask, at, at, backend=b)[0] for b in ("auto", "reference")]
+    torch.testing.assert_close(*found)
+try:
+    attention(q, q, q, Causal(), at, at, backend="triton")
+except Unsupported as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_without_triton_the_cpu_attends() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "backend='triton' needs Triton, which is not installed; 'reference' does not\n"
 
 
 def test_the_meaning_by_hand() -> None:

@@ -1,6 +1,7 @@
 """Spans: what positions they hold, in which order, and how they are cut."""
 
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -44,11 +45,12 @@ BAD = [
     (dict(start=0, length=-4), "start and length must be at least 0"),
     (dict(start=0, length=4, run=0, step=2), "needs 1 <= run <= step"),
     (dict(start=0, length=4, run=3, step=2), "needs 1 <= run <= step"),
+    (dict(start=0.5, length=4), "positions are integers"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_a_span_that_makes_no_sense_is_refused(arguments: dict[str, int], message: str) -> None:
+def test_a_span_that_makes_no_sense_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as refused:
         Span(**arguments)
     # the message shows the values

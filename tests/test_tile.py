@@ -8,8 +8,10 @@ from torch import Tensor
 
 from longspan.kernels import cells, tile
 from longspan.kernels.cells import held
+from longspan.kernels.heads import PerHead
 from longspan.kernels.lower import lower
 from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Range, Window
+from longspan.kernels.patterns import Strided
 from longspan.kernels.span import Span, Spans, bounds, total
 from longspan.kernels.tile import Tiles, area, chosen, classify, listed, needed, pairs, tiles
 from masks import Phase, matrix, random_mask, random_spans
@@ -149,6 +151,30 @@ def test_cells_of_any_height_make_the_same_lists(
                 )
             assert sorted(listed(made[0])) == sorted(listed(made[1]))
             check_order(made[1])
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_heads_that_see_the_same_share_their_lists(transpose: bool) -> None:
+    at = (Span(0, 61),)
+    one, two = Phase(5) & Window(30), Window(3) | First(9)
+    many = PerHead((Strided(4, 1, 2), two, two, Strided(4, 1, 2), two))
+    for mask, heads, kinds in (
+        (many, 5, 3),
+        (many.heads((4, 1, 2), 5), 3, 1),
+        (one.heads((1, 0, 1), 2), 3, 2),
+    ):
+        lists, some, every = (
+            tiles(mask, at, at, heads, size=(4, 4), transpose=transpose, device=CPU),
+            *classify(mask, held(at, 4, CPU), held(at, 4, CPU), heads),
+        )
+        every = every.clone()
+        every[..., -1, :] &= not transpose
+        every[..., -1] &= transpose
+        for found, right in zip(decoded(lists), (some, every), strict=True):
+            assert torch.equal(found, right.mT if transpose else right)
+        check_order(lists)
+        ranges = torch.cat((lists.full, lists.partial), 1).view(heads, -1)
+        assert len(ranges.unique(dim=0)) == kinds
 
 
 def test_lists_of_neighbours_take_no_memory() -> None:

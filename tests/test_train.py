@@ -43,7 +43,11 @@ LAYOUTS = sorted({path.stem for path in (CONF / "parallel").glob("*.yaml")} - {"
 MASKS = {
     "s2": ("mask=s2", "mask.left.block=16", "mask.left.local=2", "mask.left.stride=2"),
     "star": ("mask=star", "mask.left.block=32", "mask.left.anchor=32", "mask.left.context=192"),
+    "mixed": ("mask=mixed", "mask.left.every=2", *(f"mask.left.most.{x}" for x in ("block=16", "local=2"))),
+    "mixed_heads": ("mask=streaming_heads", "mask.left.right.left.left=20"),
 }
+# so that the second of two layers differs from the first
+SETTINGS = {"mixed": ("parallel.layout.every=2", "parallel.layout.most.block=16")}
 # cells of the first test that are run by `make test-all` alone
 MORE = {(2, "contiguous", "unpacked"), (4, "contiguous", "unpacked"), (3, "zigzag", "unpacked")}
 CELLS = [
@@ -70,7 +74,8 @@ def test_every_layout_trains_as_one_process(once: Once, parallel: str) -> None:
             once(2, "parallel=star", *short)
         short += ("data=needle", "data.context=256", "data.span=8")
     size = 4 if parallel == "usp" else 2
-    assert_same(once(size, f"parallel={parallel}", *short), once(1, "parallel=single", *short))
+    settings = SETTINGS.get(parallel, ())
+    assert_same(once(size, f"parallel={parallel}", *settings, *short), once(1, "parallel=single", *short))
 
 
 @pytest.mark.parametrize(

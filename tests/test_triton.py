@@ -14,15 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from compositions import COUNT, composition
 from longspan.kernels import flash_backward, flash_forward, reference
 from longspan.kernels.attention import combine, row_delta
 from longspan.kernels.flash_forward import Block
 from longspan.kernels.heads import PerHead
 from longspan.kernels.lower import lower
 from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Unsupported, Window
-from longspan.kernels.neighborhood import FrameTiles, Neighborhood
+from longspan.kernels.neighborhood import Frames, FrameTiles, Neighborhood
 from longspan.kernels.options import AttentionOptions
-from longspan.kernels.patterns import Anchored, BlockPermutation, Shifted, Strided
+from longspan.kernels.patterns import Anchored, BlockPermutation, Shifted, Strided, Tail
 from longspan.kernels.span import Span, Spans, cut, total
 from longspan.kernels.tile import chosen
 
@@ -92,6 +93,7 @@ CASES = {
     "s2 in documents": Case(Documents(BATCHED, Strided(4, 1, 3)) | First(1), batch=2),
     "star": Case(Anchored(16, 4, 40) & Causal(), tile=(16, 16)),
     "shifted": Case(Shifted(16, (0, 8)), tile=(16, 16)),
+    "frames": Case(Frames(9) & (Causal() | Tail(36)), heads=(2, 1)),
     "per head": Case(PerHead((Causal(), Window(5), BlockPermutation(8, 6))), heads=(3, 3)),
     "neighbourhood": Case(Neighborhood((6, 8), (3, 5), stride=(1, 2)), at_q=spans(48), at_k=spans(48)),
     "dilated video": Case(
@@ -117,6 +119,25 @@ CASES = {
     "bfloat16 sigmoid": Case(Window(9, 9), dtype="bfloat16", options=SIGMOID),
     **{f"mixed {seed}": Case(mixed(seed), batch=2) for seed in (1, 3, 6)},
 }
+# The compositions that the cpu backend is tried on; those beyond QUICK are slow.
+QUICK = 16
+COMPOSED = [f"composition {seed}" for seed in range(COUNT)]
+HALVES = [
+    f"{name} in {dtype}"
+    for name, case in CASES.items()
+    for dtype in ("float16", "bfloat16")
+    if case.dtype == "float32"
+]
+
+
+def named(name: str) -> Case:
+    """The case of this name, a random composition among them."""
+    name, _, dtype = name.rpartition(" in ") if name in HALVES else (name, "", "")
+    if name in CASES:
+        return replace(CASES[name], dtype=dtype or CASES[name].dtype)
+    seed = int(name.rpartition(" ")[2])
+    drawn, tile = composition(seed), ((32, 32), (16, 32), (32, 16))[seed % 3]
+    return Case(drawn.mask, drawn.heads, 16, *drawn.at, batch=drawn.batch, tile=tile)
 
 
 def viewed(x: Tensor, view: str) -> Tensor:
@@ -262,7 +283,7 @@ def child(names: list[str]) -> Found:
     found: Found = {}
     for name in names:
         try:
-            case = CASES.get(name)
+            case = None if name == RUN_TIME else named(name)
             found[name] = run(case, "cpu", case.tile) if case else run_time_lists("cpu")
         except Exception:
             found[name] = traceback.format_exc()
@@ -272,25 +293,35 @@ def child(names: list[str]) -> Found:
 @pytest.fixture(scope="module")
 def interpreted(request: pytest.FixtureRequest) -> Found:
     """The errors of every case that this session asks for. The interpreter is chosen when triton is imported,
-    and for good, so it gets a process of its own.
+    and for good, so it gets processes of its own: two, for it takes a second a case.
     """
     here = [item for item in request.session.items if item.path == Path(__file__)]
     calls = [getattr(item, "callspec", None) for item in here]
     names = [call.params["name"] for call in calls if call and "name" in call.params]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "error", __file__, *dict.fromkeys(names)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    found: Found = {}
+    shares = [share for i in range(2) if (share := names[i::2])]
+    commands = [[sys.executable, "-W", "error", __file__, *share] for share in shares]
+    # their output is small: neither waits for the other's to be read
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for process in [subprocess.Popen(command, env=env, **pipes) for command in commands]:
+        said, complaint = process.communicate(timeout=1800)
+        assert process.returncode == 0, complaint
+        found |= json.loads(said)
+    return found
 
 
-@pytest.mark.parametrize("name", [*CASES, RUN_TIME])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (*COMPOSED[QUICK:], *HALVES)]
+
+
+@pytest.mark.parametrize("name", [*CASES, RUN_TIME, *COMPOSED[:QUICK], *SLOW])
 def test_interpreted_kernels_equal_float64(name: str, interpreted: Found) -> None:
     errors = interpreted[name]
     assert isinstance(errors, dict), errors
-    softmax = name in CASES and CASES[name].options.normalizer == "softmax"
+    case = None if name == RUN_TIME else named(name)
+    softmax = case and case.options.normalizer == "softmax"
     assert errors.keys() == {"out", "dq", "dk", "dv"} | ({"lse"} if softmax else set())
-    within(errors, CASES[name].dtype if name in CASES else "float32")
+    within(errors, case.dtype if case else "float32")
 
 
 def within(errors: Errors, dtype: str) -> None:
