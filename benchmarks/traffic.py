@@ -4,7 +4,8 @@ python -m benchmarks.traffic [--quick] [--out benchmarks/results]
 
 One layer of 32 query and 8 key heads of 128, one sequence, bfloat16. The layouts' own code runs for one rank
 after the other over torch's fake process group; bytes are counted where they arrive, so that they can be
-held against what the same rank needs. Of more than 8 ranks 4 that lie evenly stand for all, of 1024 2.
+held against what the same rank needs. Of more than 8 ranks 4 that lie evenly stand for all, of 1024 2:
+under star and a contiguous placement these hold nothing of the tail, whose ranks need every key.
 """
 
 import argparse

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import DictConfig
 
+from ..parallel.balance import ESTIMATE
 from .agree import Ranks, one_line
 from .checkpoint import Checkpoints
 from .config import made, redacted, typed
@@ -151,7 +152,7 @@ def facts(loop: Loop, folder: Path) -> dict[str, str]:
     degrees = " x ".join(
         f"{n} {s}" for n, s in zip(job.mesh.mesh_dim_names or (), job.mesh.shape, strict=True) if s > 1
     )
-    uneven = placement.imbalance(job.mask, model.kv_heads)
+    uneven = placement.imbalance(job.mask, model.kv_heads, most=ESTIMATE)
     return {
         "model": f"{type(model).__name__}, {total:,} parameters, {job.cfg.train.precision}",
         "layout": f"{type(job.layout).__name__.lower()}, {degrees or 'one process'}, "
