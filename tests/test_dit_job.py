@@ -68,8 +68,9 @@ WINDOW = ("mask=neighborhood", "mask.grid=[5,4,8]", "mask.window=[3,3,5]", "mask
         (3, ("parallel=ulysses",)),
         (2, ("parallel=single", "train.micro_batch=2")),
         (2, ("parallel=ring", "engine=fsdp")),
+        (2, ("parallel=single", "train.micro_batch=2", "engine=fsdp")),
     ],
-    ids=["ring", "ulysses 3", "dp", "fsdp"],
+    ids=["ring", "ulysses 3", "dp", "fsdp", "fsdp over dp"],
 )
 def test_a_diffusion_job_is_the_same_on_other_ranks(
     world: Worlds, alone: tuple[list[Row], list[float], NDArray[np.float32]], tmp_path: Path, size: int,

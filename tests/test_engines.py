@@ -15,7 +15,7 @@ SHARDED = ("engine=fsdp",)
     [
         (2, ring("zigzag")),
         (2, ("parallel=ulysses",)),
-        (4, ("parallel=usp",)),
+        pytest.param(4, ("parallel=usp",), marks=pytest.mark.slow),
         (4, ring("zigzag", "parallel.mesh.dp=2", "parallel.mesh.ring=2", "engine.replicate=true",
                  "train.micro_batch=1")),
         (2, ring("zigzag", "engine.prefetch=2", "engine.reshard=false", "train.micro_batch=1",
@@ -32,7 +32,9 @@ def test_fsdp_trains_as_one_process(once: Once, size: int, overrides: tuple[str,
     [
         ((2, ("engine=ddp", *ring())), (4, ("engine=fsdp", "parallel=usp"))),
         ((4, ("engine=fsdp", *ring())), (1, ("engine=ddp", "parallel=single"))),
-        ((2, ("engine=fsdp", "parallel=ulysses")), (2, ("engine=fsdp", *ring()))),
+        pytest.param(
+            (2, ("engine=fsdp", "parallel=ulysses")), (2, ("engine=fsdp", *ring())), marks=pytest.mark.slow
+        ),
     ],
     ids=["ddp 2 to fsdp 4", "fsdp 4 to ddp 1", "fsdp 2 to fsdp 2"],
 )

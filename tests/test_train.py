@@ -49,7 +49,10 @@ MASKS = {
 # so that the second of two layers differs from the first
 SETTINGS = {"mixed": ("parallel.layout.every=2", "parallel.layout.most.block=16")}
 # cells of the first test that are run by `make test-all` alone
-MORE = {(2, "contiguous", "unpacked"), (4, "contiguous", "unpacked"), (3, "zigzag", "unpacked")}
+MORE = {
+    (2, "contiguous", "unpacked"), (4, "contiguous", "unpacked"), (3, "zigzag", "unpacked"),
+    (4, "zigzag", "unpacked"), (3, "contiguous", "packed"),
+}  # fmt: skip
 CELLS = [
     pytest.param(
         size, placement, pack, marks=[pytest.mark.slow] if (size, placement, pack) in MORE else [],

@@ -119,9 +119,10 @@ def draw(job: Job, sampler: Sampler, count: int, guidance: float, labels: Sequen
     shape, patch = data.shape(0), job.model.patch
     placement = job.layout.place(token_shape(shape, patch)[0], job.mask)
     parts: dict[int, Array] = {}
-    for turn, first in enumerate(range(0, count, AT_ONCE)):
-        if turn % job.dp != job.dp_rank:
-            continue
+    starts = range(0, count, AT_ONCE)
+    for turn in range(job.dp_rank, -(-len(starts) // job.dp) * job.dp, job.dp):
+        # weights may be gathered over dp: who has no part left makes the last one again
+        first = starts[min(turn, len(starts) - 1)]
         request = Request(
             wanted[first : first + AT_ONCE], token_shape(shape, patch), data.classes, shape[0],
             seed=job.cfg.seed, first=first, guidance=guidance,
@@ -131,7 +132,8 @@ def draw(job: Job, sampler: Sampler, count: int, guidance: float, labels: Sequen
                 _denoise(job), sampler, request, layout=job.layout, placement=placement,
                 attend=bind(job.layout, placement), device=job.device,
             )  # fmt: skip
-        parts[first] = unpatchify(tokens, grid_of(shape, patch), volume(patch)).float().numpy()
+        if turn < len(starts):
+            parts[first] = unpatchify(tokens, grid_of(shape, patch), volume(patch)).float().numpy()
     if job.dp > 1:
         each: list[dict[int, Array]] = [{} for _ in range(job.dp)]
         dist.all_gather_object(each, parts, group=job.mesh["dp"].get_group())

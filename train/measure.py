@@ -4,7 +4,7 @@ on the same bytes.
 
 import lzma
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -73,14 +73,25 @@ def token_losses(job: Job, batch: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     return losses.float().cpu(), part.labels.cpu(), part.positions.cpu()
 
 
+def shares(samples: int, job: Job) -> Iterator[tuple[int, bool]]:
+    """The samples of this dp rank, and whether they count: weights may be gathered over dp, so all ranks take
+    equally many, the last ones again if need be.
+    """
+    for first in range(0, samples, job.dp):
+        index = first + job.dp_rank
+        yield min(index, samples - 1), index < samples
+
+
 def held_out_loss(job: Job, data: Dataset, samples: int) -> HeldOut:
     """The loss on the first `samples` sequences of `data`, each split over the ranks like a training
     sequence.
     """
     nats, counts = (torch.zeros(data.context, dtype=torch.float64) for _ in range(2))
     job.model.eval()
-    for index in range(job.dp_rank, min(samples, len(data)), job.dp):
+    for index, counted in shares(min(samples, len(data)), job):
         losses, labels, at = token_losses(job, collate([data.sample(index)]))
+        if not counted:
+            continue
         nats.index_add_(0, at, losses.double().sum(0))
         counts.index_add_(0, at, (labels != IGNORE).double().sum(0))
     job.model.train()
@@ -99,9 +110,9 @@ def retrieval(
     job.model.eval()
     for i, depth in enumerate(depths):
         for j, length in enumerate(lengths):
-            for index in range(job.dp_rank, samples, job.dp):
+            for index, counted in shares(samples, job):
                 right, asked = _guessed(job, collate([data.probe(depth, length, index)]))
-                found[:, i, j] += torch.tensor([right, asked], dtype=torch.float64)
+                found[:, i, j] += counted * torch.tensor([right, asked], dtype=torch.float64)
     job.model.train()
     dist.all_reduce(found)
     return (found[0] / found[1]).numpy()

@@ -41,15 +41,18 @@ def validation_loss(
     sums = torch.zeros(2, times, dtype=torch.float64)
     was = denoise.training
     denoise.eval()
-    for indices in _alike(data, range(rank, min(samples, len(data)), ranks)):
-        clean = load(data, indices, patch)
+    each = [list(_alike(data, range(r, min(samples, len(data)), ranks))) for r in range(ranks)]
+    for turn in range(max(map(len, each))):
+        # weights may be gathered over dp: who has no batch left takes another one, uncounted
+        counted = turn < len(each[rank])
+        clean = load(data, each[rank if counted else 0][turn], patch)
         for number in range(times):
             rows = denoise.probe(clean, number, times)
             placement = layout.place(rows.tokens.shape[1], rows.mask(mask))
             here = rows.held(layout, placement, device)
             errors = denoise.losses(here, bind(layout, placement))
-            sums[0, number] += errors.double().sum().cpu()
-            sums[1, number] += here.real.sum().cpu()
+            sums[0, number] += counted * errors.double().sum().cpu()
+            sums[1, number] += counted * here.real.sum().cpu()
     denoise.train(was)
     if dist.is_initialized():
         dist.all_reduce(sums)
