@@ -90,7 +90,7 @@ def _strip(grid: Grid, rows: slice, head: Tensor, of: int) -> Strip:
     found = mask.classify(_block(q, rows), _pick(k, tile), head.view(1, -1, 1, 1), of)
     some, every = (x.expand(shape)[:, :, 0] for x in found)
     last = rows.stop >= len(q.low)
-    full = some & every & ~(last and grid.short[0])
+    full = some & every & (not (last and grid.short[0]))
     full[..., len(tile) - grid.short[1] :] = False
     # cells that some row of the batch cannot judge whole are judged tile by tile for all rows
     at_head, column = (some & ~full).any(0).nonzero().T

@@ -1,5 +1,6 @@
 """What a diffusion model is worth: held-out loss at fixed times and noise, and samples, seen and measured."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,7 +188,13 @@ def clips_of(data: Clips, count: int) -> Array:
 
 def grids(found: Sampled, folder: Path, name: str) -> dict[str, Path]:
     """Samples as a grid, a class after the other, and videos as a GIF too."""
-    order = by_class(found.labels)[: COLUMNS * COLUMNS]
+    # as many of each class, in rows
+    each = max(1, COLUMNS * COLUMNS // len(set(found.labels)))
+    seen: Counter[int] = Counter()
+    order = []
+    for i in by_class(found.labels):
+        seen[found.labels[i]] += 1
+        order += [i] if seen[found.labels[i]] <= each else []
     clips = found.clips[order]
     made = {name: save_png(clips, folder / f"{name}.png", columns=COLUMNS if clips.shape[2] == 1 else 2)}
     if clips.shape[2] > 1:
