@@ -1,6 +1,5 @@
 """Scikit-learn's handwritten digits: 1,797 real images of 8 x 8 pixels."""
 
-import copy
 import hashlib
 from typing import Any
 
@@ -8,14 +7,14 @@ import numpy as np
 
 from .check import fraction, whole
 from .clip import Clip, Floats, missing
-from .order import Order, Part, split
+from .order import Parted, split
 from .sample import Ints
 
 SIDE = 8
 CLASSES = 10
 
 
-class Digits:
+class Digits(Parted):
     """Grey images [1, 1, 8, 8], ten classes; a `Clips`. What is held out does not depend on the seed.
 
     The data is the test part of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998).
@@ -32,16 +31,9 @@ class Digits:
     classes = CLASSES
 
     def __init__(self, *, seed: int = 0, held_out: float = 0.2) -> None:
-        self._seed = whole("data.seed", seed, 0)
+        seed = whole("data.seed", seed, 0)
         self._images, self._labels = load_digits()
-        self._split = split(len(self._images), fraction("data.held_out", held_out, ends=False))
-        self._take("train")
-
-    def _take(self, part: Part) -> None:
-        self._part, self._order = part, Order(self._split.part(part), self._seed, part)
-
-    def __len__(self) -> int:
-        return len(self._order)
+        super().__init__(split(len(self._images), fraction("data.held_out", held_out, ends=False)), seed)
 
     def item(self, index: int) -> Clip:
         record = self._order.record(index)
@@ -49,11 +41,6 @@ class Digits:
 
     def shape(self, index: int) -> tuple[int, int, int, int]:
         return 1, 1, SIDE, SIDE
-
-    def held_out(self) -> "Digits":
-        part = copy.copy(self)
-        part._take("held_out")
-        return part
 
     def arrays(self) -> tuple[Floats, Ints]:
         """Every image of this part, float32 [n, 1, 1, 8, 8], and its class, in file order."""

@@ -1,6 +1,5 @@
 """Images of your own: a folder, with a folder for each class if there are classes, or WebDataset tars."""
 
-import copy
 import hashlib
 import io
 import json
@@ -17,13 +16,13 @@ from .check import fraction, switch, whole
 from .clip import Clip, Floats
 from .corpus import Bad
 from .index import Index, kept
-from .order import Order, Part
+from .order import Parted
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 _MODES = {1: "L", 3: "RGB"}
 
 
-class Images:
+class Images(Parted):
     """Images [channels, 1, height, width] of one of a few sizes; a `Clips`.
 
     An image is scaled until it covers the size whose shape is nearest to its own, and cut at the middle. In a
@@ -63,27 +62,20 @@ class Images:
         self._sizes = [_size(size, list(sizes)) for size in sizes]
         if not self._sizes:
             raise ValueError("data.sizes is empty; give at least one [height, width]")
-        self._seed, self._path = whole("data.seed", seed, 0), os.path.abspath(str(path))
+        seed, self._path = whole("data.seed", seed, 0), os.path.abspath(str(path))
         fraction("data.bad_budget", bad_budget, ends=True)
         files = listing(path, (*_IMAGES, ".tar"), "a folder of images or of WebDataset tars")
         self._index = kept(cache, ["images", str(files.root), files.state()], lambda: scan(files))
         self._index.check(bad_budget, self._path)
-        self._split = self._index.split(fraction("data.held_out", held_out, ends=False))
+        super().__init__(self._index.split(fraction("data.held_out", held_out, ends=False)), seed)
         self._names = sorted({row["class"] for row in self._index.rows if isinstance(row["class"], str)})
         self.classes = self._count()
-        self._take("train")
 
     def _count(self) -> int:
         numbers = [row["class"] for row in self._index.rows if isinstance(row["class"], int)]
         if numbers and self._names:
             raise ValueError(f"data.path={self._path!r} has classes by number in tars and by name in folders")
         return max(numbers) + 1 if numbers else len(self._names)
-
-    def _take(self, part: Part) -> None:
-        self._part, self._order = part, Order(self._split.part(part), self._seed, part)
-
-    def __len__(self) -> int:
-        return len(self._order)
 
     def item(self, index: int) -> Clip:
         """Raises ValueError or OSError, which name the file, if it has changed since it was listed."""
@@ -103,11 +95,6 @@ class Images:
     def _size(self, row: dict[str, Any]) -> tuple[int, int]:
         wanted = math.log(row["height"] / row["width"])
         return min(self._sizes, key=lambda size: abs(math.log(size[0] / size[1]) - wanted))
-
-    def held_out(self) -> "Images":
-        part = copy.copy(self)
-        part._take("held_out")
-        return part
 
     def describe(self) -> dict[str, Any]:
         return self._index.describe() | {

@@ -1,6 +1,5 @@
 """Latents of a VAE, or any arrays, with classes or embeddings of texts: safetensors, npz, WebDataset tars."""
 
-import copy
 import hashlib
 import io
 import os
@@ -16,13 +15,13 @@ from .clip import Clip
 from .corpus import Bad
 from .images import label_of
 from .index import Index, kept
-from .order import Order, Part
+from .order import Parted
 from .tensorfile import Array, TensorFile
 
 _FILES = (".safetensors", ".npz")
 
 
-class Latents:
+class Latents(Parted):
     """Arrays [C, F, H, W], or [C, H, W] for one frame; a `Clips`. They are given as (x - shift) * scale.
 
     A `.safetensors` (mapped into memory) or `.npz` (held in memory) has `latents` [n, C, H, W] or
@@ -57,7 +56,7 @@ class Latents:
         if not np.isfinite([shift, scale]).all() or scale == 0:
             raise ValueError(f"data.shift={shift}, data.scale={scale} must be finite, and the scale not 0")
         self._shift, self._scale = float(shift), float(scale)
-        self._seed, self._path = whole("data.seed", seed, 0), os.path.abspath(str(path))
+        seed, self._path = whole("data.seed", seed, 0), os.path.abspath(str(path))
         fraction("data.bad_budget", bad_budget, ends=True)
         files = listing(path, (*_FILES, ".tar"), "safetensors, npz or WebDataset tars of latents")
         self._open = {name: TensorFile(files.root / name) for name in files.names if name.endswith(_FILES)}
@@ -65,15 +64,8 @@ class Latents:
         self._index = kept(cache, key, lambda: Index.of(_records(files, self._open)))
         self._index.check(bad_budget, self._path)
         _check_alike(self._index.rows, self._path)
-        self._split = self._index.split(fraction("data.held_out", held_out, ends=False))
+        super().__init__(self._index.split(fraction("data.held_out", held_out, ends=False)), seed)
         self.classes = max(row["class"] for row in self._index.rows) + 1
-        self._take("train")
-
-    def _take(self, part: Part) -> None:
-        self._part, self._order = part, Order(self._split.part(part), self._seed, part)
-
-    def __len__(self) -> int:
-        return len(self._order)
 
     def item(self, index: int) -> Clip:
         """Raises ValueError or OSError, which name the file, if it has changed since it was listed."""
@@ -92,11 +84,6 @@ class Latents:
     def shape(self, index: int) -> tuple[int, int, int, int]:
         channels, frames, height, width = self._index.rows[self._order.record(index)]["shape"]
         return channels, frames, height, width
-
-    def held_out(self) -> "Latents":
-        part = copy.copy(self)
-        part._take("held_out")
-        return part
 
     def describe(self) -> dict[str, Any]:
         return self._index.describe() | {

@@ -1,7 +1,8 @@
 """Which record a global index means: shuffled anew each epoch for training, in file order when held out."""
 
+import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 
@@ -55,3 +56,22 @@ def split(records: int, held_out: float) -> Split:
     count = min(max(1, round(held_out * records)), records - 1)
     order = permutation(*_SPLIT, records)
     return Split(np.sort(order[count:]), np.sort(order[:count]))
+
+
+class Parted:
+    """One part of records that are split once, as an epoch after the other; `held_out` is the other part."""
+
+    def __init__(self, parts: Split, seed: int) -> None:
+        self._split, self._seed = parts, seed
+        self._take("train")
+
+    def _take(self, part: Part) -> None:
+        self._part, self._order = part, Order(self._split.part(part), self._seed, part)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def held_out(self) -> Self:
+        part = copy.copy(self)
+        part._take("held_out")
+        return part
