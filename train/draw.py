@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from .config import Run, typed
 from .entry import entry, guarded
 from .job import Launch, build, processes
-from .judge_clips import ClipJudge, draw, grids, measure
+from .judge_clips import ClipJudge, Ruler, draw, grids
 from .progress import Progress
 from .trained import config_of, load_weights
 
@@ -57,7 +57,7 @@ def samples(cfg: DictConfig, launch: Launch) -> int:
         found = draw(job, judge.sampler, cfg.count, cfg.guidance, list(cfg.labels))
         if dist.get_rank() == 0:
             made = grids(found, folder, f"drawn-{step}-{cfg.guidance:g}")
-            values = measure(found, job.data) if cfg.count > 1 else {}
+            values = Ruler(job.data).measure(found) if cfg.count > 1 else {}
             rows = {"run": f"{folder}, step {step}", "pictures": ", ".join(map(str, made.values()))}
             shown.summary(rows | {name: f"{value:.3f}" for name, value in values.items()})
     return 0

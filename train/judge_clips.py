@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,15 +88,16 @@ class ClipJudge:
             loop.evaluate(samples)
             summary["held_out_loss"] = loop.state.evals[-1]["eval_loss"]
         measured = {}
+        ruler = Ruler(job.data) if self.samples and self.guidance and dist.get_rank() == 0 else None
         for guidance in self.guidance if self.samples else ():
             found = draw(job, self.sampler, self.samples, guidance)
-            if dist.get_rank() == 0:
-                measured[f"{guidance:g}"] = measure(found, job.data)
+            if ruler is not None:
+                measured[f"{guidance:g}"] = ruler.measure(found)
                 for name, path in grids(found, folder, f"samples-{guidance:g}").items():
                     loop.record.picture(name, path)
         if dist.get_rank() == 0:
-            summary |= {"samples": measured} if measured else {}
-            summary |= {"real": real(job.data, self.samples)} if measured else {}
+            if ruler is not None:
+                summary |= {"samples": measured, "real": ruler.real(self.samples)}
             _curve(loop, folder)
         return summary
 
@@ -142,48 +144,47 @@ def draw(job: Job, sampler: Sampler, count: int, guidance: float, labels: Sequen
     return Sampled(guidance, np.concatenate([parts[first] for first in sorted(parts)]), wanted)
 
 
-def measure(found: Sampled, data: Clips) -> dict[str, float]:
-    """Conditional accuracy by an independent classifier, where there is one, and how near samples are to the
-    training data: the Frechet distance of pixels, for small clips, and the mean distance to the nearest.
+class Ruler:
+    """What samples are held against, made once of the training data: an independent classifier, where there
+    is one, and, for small clips, the clips themselves.
     """
-    values = accuracy(found.clips, found.labels, data)
-    if found.clips[0].size <= MOST_PIXELS:
-        there = clips_of(data, len(data))
-        values["frechet"] = frechet_distance(found.clips, there)
-        values["nearest"] = float(nearest(found.clips, there)[0].mean())
-    return values | {"count": len(found.clips)}
 
+    def __init__(self, data: Clips) -> None:
+        self.data = data
+        digits = data.digits if isinstance(data, MovingDigits) else data
+        self._classifier = DigitClassifier(digits) if isinstance(digits, Digits) else None
+        small = prod(data.shape(0)) <= MOST_PIXELS
+        self._there = np.stack([data.item(i).pixels for i in range(len(data))]) if small else None
 
-def real(data: Clips, count: int) -> dict[str, float]:
-    """The same of as many held-out clips: what no model is expected to beat."""
-    held = data.held_out()
-    count = min(count, len(held))
-    there = [held.item(i) for i in range(count)]
-    return measure(Sampled(1.0, np.stack([c.pixels for c in there]), tuple(c.label for c in there)), data)
+    def measure(self, found: Sampled) -> dict[str, float]:
+        """Conditional accuracy, the Frechet distance of pixels, and the mean distance to the nearest clip."""
+        values = self._accuracy(found.clips, np.array(found.labels))
+        if self._there is not None:
+            values["frechet"] = frechet_distance(found.clips, self._there)
+            values["nearest"] = float(nearest(found.clips, self._there)[0].mean())
+        return values | {"count": len(found.clips)}
 
+    def real(self, count: int) -> dict[str, float]:
+        """The same of as many held-out clips: what no model is expected to beat."""
+        held = self.data.held_out()
+        there = [held.item(i) for i in range(min(count, len(held)))]
+        return self.measure(Sampled(1.0, np.stack([c.pixels for c in there]), tuple(c.label for c in there)))
 
-def accuracy(clips: Array, labels: Sequence[int], data: Clips) -> dict[str, float]:
-    """Shares of clips that are what was asked for."""
-    if isinstance(data, MovingDigits):
-        found = motion(clips, np.array(labels), DigitClassifier(data.digits), speed=data.speed)
+    def _accuracy(self, clips: Array, labels: Array) -> dict[str, float]:
+        """Shares of clips that are what was asked for."""
+        if self._classifier is None:
+            return {}
+        if not isinstance(self.data, MovingDigits):
+            return {"accuracy": self._classifier.accuracy(clips, labels)}
+        found = motion(clips, labels, self._classifier, speed=self.data.speed)
         return {
-            "accuracy": found.both,
-            "digit": found.digit,
-            "direction": found.direction,
+            "accuracy": found.both, "digit": found.digit, "direction": found.direction,
             "jitter": found.jitter,
-        }
-    if isinstance(data, Digits):
-        return {"accuracy": DigitClassifier(data).accuracy(clips, np.array(labels))}
-    return {}
+        }  # fmt: skip
 
 
 def _denoise(job: Job) -> Any:
     return job.objective
-
-
-def clips_of(data: Clips, count: int) -> Array:
-    """The first clips of an epoch, [count, C, F, H, W]."""
-    return np.stack([data.item(i).pixels for i in range(count)])
 
 
 def grids(found: Sampled, folder: Path, name: str) -> dict[str, Path]:
