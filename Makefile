@@ -62,9 +62,8 @@ format: $(INSTALLED) ## rewrite the sources as ruff wants them
 gpu-test: ## the tests that need a CUDA device, with .venv or the python3 that has torch
 	$(if $(GPU_TESTS),$(PY) -m pytest -m gpu $(TEST_ARGS) $(GPU_TESTS),@echo "no test is marked gpu")
 
-gpu-bench: ## time the kernels on a CUDA device into benchmarks/results/
+gpu-bench: ## time the kernels on a CUDA device, 8 minutes, into benchmarks/results/
 	$(PY) -m benchmarks.kernels $(ARGS)
-	$(PY) -m benchmarks.virtual_ranks
 
 docs-check: $(INSTALLED) ## run the commands that README and docs/ mark as runnable
 	$(BIN)/python tests/docs_check.py README.md CONTRIBUTING.md docs/*.md

@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
 from longspan.kernels.grain import grain
-from longspan.kernels.heads import PerHead
+from longspan.kernels.heads import Heads, PerHead
 from longspan.kernels.lower import lower, visible
 from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Window
 from longspan.kernels.neighborhood import Frames, FrameTiles, Neighborhood, brick_order
@@ -36,6 +36,7 @@ PANELS: list[tuple[str, str, Mask, Spans]] = [
         ("causal", "Causal()", Causal(), ()),
         ("sliding window", "Window(7)", Window(7), ()),
         ("window and sinks", "Causal() & (Window(7) | First(3))", Causal() & (Window(7) | First(3)), ()),
+        ("first tokens", "First(7)", First(7), ()),
         ("packed documents", "Documents((0, 10, 31), Causal())", Documents((0, 10, 31), Causal()), ()),
         ("S2", "Strided(3, 2, 4) & Causal()", Strided(3, 2, 4) & Causal(), ()),
         (
@@ -51,9 +52,13 @@ PANELS: list[tuple[str, str, Mask, Spans]] = [
             *(PerHead((Causal(), Causal() & (Window(5) | First(2)))), ()),
         ),
         ("late queries see all", "Window(7) | Tail(40)", Window(7) | Tail(40), ()),
+        ("late queries", "Tail(40)", Tail(40), ()),
+        ("some heads", "Heads(0, 1)", Heads(0, 1), ()),
         ("frames", "Frames(8)", Frames(8), ()),
         ("attention tile", "FrameTiles(6, 4)", FrameTiles(6, 4), ()),
         ("neighbourhood, 1 axis", "Neighborhood([48], 13)", Neighborhood([48], 13), ()),
+        ("1 axis, dilated", "Neighborhood([48], 7, dilation=3)", Neighborhood((48,), 7, dilation=3), ()),
+        ("1 axis, causal", "Neighborhood([48], 13, causal=True)", Neighborhood((48,), 13, causal=True), ()),
         ("2 axes", "Neighborhood([6, 8], 3)", Neighborhood([6, 8], 3), ()),
         ("2 axes, stride 2", "Neighborhood([4, 12], [2, 6], stride=2)", GRID, ()),
         ("the same in bricks", "brick_order([4, 12], [2, 2])", GRID, brick_order([4, 12], [2, 2])),
@@ -65,10 +70,17 @@ PANELS: list[tuple[str, str, Mask, Spans]] = [
 ]
 
 LONG = 16384
+STREAMING = Causal() & (Window(1023) | First(4))
 BLOCKS: dict[str, Mask] = {
+    "`Full()`": Full(),
+    "`First(1000)`": First(1000),
+    "`Tail(15000)`": Tail(15000),
     "`Causal()`": Causal(),
     "`Window(1023)`": Window(1023),
-    "`Causal() & (Window(1023) \\| First(4))`": Causal() & (Window(1023) | First(4)),
+    "`Causal() & (Window(1023) \\| First(4))`": STREAMING,
+    "`PerHead`, the first 2 of 8 heads causal, the others as the row above": PerHead(
+        (Causal(),) * 2 + (STREAMING,) * 6
+    ),
     "`Documents(every 3000, Causal())`": Documents(tuple(range(0, LONG, 3000)), Causal()),
     "`Strided(128, 4, 16) & Causal()`": Strided(128, 4, 16) & Causal(),
     "`Strided(64, 8, 16) & Causal()`": Strided(64, 8, 16) & Causal(),
@@ -80,6 +92,10 @@ BLOCKS: dict[str, Mask] = {
 }
 VIDEO = (16, 32, 32)
 VIDEOS: dict[str, Mask] = {
+    "`Neighborhood((16, 32, 32), (4, 8, 8), dilation=2)`": Neighborhood(VIDEO, (4, 8, 8), dilation=2),
+    "`Neighborhood((16, 32, 32), (8, 16, 16), causal=(True, False, False))`": Neighborhood(
+        VIDEO, (8, 16, 16), causal=(True, False, False)
+    ),
     "`Neighborhood((16, 32, 32), (8, 16, 16))`": Neighborhood(VIDEO, (8, 16, 16)),
     "`Neighborhood((16, 32, 32), (8, 16, 16), stride=(2, 8, 8))`": Neighborhood(
         VIDEO, (8, 16, 16), stride=(2, 8, 8)

@@ -112,6 +112,20 @@ def table(results: Results, entry: Entry, names: Iterable[str], unit: Unit) -> I
         found = entry.found[name]
         text = found if isinstance(found, str) else _row(results, entry, name, unit.factor)
         yield f"  {name:<14}{text}"
+    yield from _speed(entry)
+
+
+def _speed(entry: Entry) -> Iterator[str]:
+    """One line: how many times faster our own kernels are than each of the others at this case."""
+    measured = entry.measured()
+    own = next((measured[name] for name in OURS if name in measured), None)
+    others = {name: x.ms for name, x in measured.items() if x is not own}
+    if own is None or not others:
+        return
+    sides = (
+        ", ".join(f"{ms[i] / own.ms[i]:.2f}x {name}" for name, ms in others.items()) for i in (0, 1)
+    )  # fmt: skip
+    yield "  longspan is {} forward; {} backward".format(*sides)
 
 
 def _row(results: Results, entry: Entry, name: str, factor: float) -> str:

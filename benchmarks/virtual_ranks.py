@@ -6,6 +6,7 @@ borders of shards cut, and the start and end of more kernels; the slowest rank t
 """
 
 import argparse
+import math
 import os
 import statistics
 import time
@@ -98,13 +99,17 @@ def median(run: Callable[[], Any], device: torch.device, rounds: int) -> float:
     return statistics.median(found)
 
 
-def by_rank(given: Inputs, mask: Mask, placement: Placement, rounds: int) -> list[Times]:
-    """What the kernels of each rank of a ring take together."""
-    found = []
+def by_rank(
+    given: Inputs, mask: Mask, placement: Placement, rounds: int, deadline: float = math.inf
+) -> list[Times]:
+    """What the kernels of each rank of a ring take together; TimeoutError past the deadline."""
+    found: list[Times] = []
     for mine in placement.spans_by_rank:
         spent = Times(0.0, 0.0)
         for theirs in placement.spans_by_rank:
             if needed(mask, mine, theirs, given.k.shape[2]):
+                if time.perf_counter() > deadline:
+                    raise TimeoutError(f"no time for more than {len(found)} ranks")
                 spent += kernels(given, mask, mine, theirs, rounds)
         found.append(spent)
     return found
@@ -122,12 +127,14 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mask", default="causal", choices=MASKS)
     parser.add_argument("--heads", default="64,8,128" if cuda else "4,2,64", help="query, kv, width")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds, past which it stops")
     return parser.parse_args(given)
 
 
 def main(given: Sequence[str] | None = None) -> Times:
     """Prints the table; the sums over ranks against one device."""
     args = arguments(given)
+    deadline = time.perf_counter() + args.budget
     # Triton 3.9 warns at a compilation when it is unset
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     device, mask = torch.device(args.device), MASKS[args.mask]
@@ -135,7 +142,7 @@ def main(given: Sequence[str] | None = None) -> Times:
     whole = (Span(0, args.tokens),)
     alone = kernels(inputs, mask, whole, whole, args.rounds)
     placement = named(args.placement)(args.tokens, args.ranks, mask)
-    ranks = by_rank(inputs, mask, placement, args.rounds)
+    ranks = by_rank(inputs, mask, placement, args.rounds, deadline)
     together = sum(ranks, Times(0.0, 0.0))
     print(f"{args.mask}, {args.tokens} tokens, heads {args.heads}, {args.placement} over {args.ranks} ranks")
     for half in ("forward", "backward"):

@@ -7,11 +7,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import cpu, reference
+from . import cpu, reference, shapes
 from .lower import Lowered, lower
 from .mask import Mask, Unsupported
 from .options import AttentionOptions
+from .selection import Selection, picked
 from .span import Spans, total
 
 Backend = Literal["auto", "reference", "cpu", "triton", "sdpa"]
@@ -20,20 +22,23 @@ DEFAULT = AttentionOptions()
 
 def chosen(q: Tensor, options: AttentionOptions = DEFAULT, backend: Backend = "auto") -> str:
     """The backend that will run: 'triton' on CUDA, 'cpu' on the CPU, 'reference' where those cannot, or the
-    forced one. 'sdpa', torch's own operators on CUDA, only runs where it is forced.
+    forced one. 'sdpa', torch's own operators on CUDA, only runs where it is forced; 'shapes', which
+    computes nothing, where tensors have no data.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(get_args(Backend))}")
+    if shapes.without_data(q):
+        return "shapes"
     if backend != "auto":
         return backend
     if q.device.type == "cuda":
-        return "triton" if find_spec("triton") and _module("triton").supports(q) else "reference"
+        return "triton" if find_spec("triton") and _module("triton", {}).supports(q) else "reference"
     return "cpu" if cpu.supports(q, options) else "reference"
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, at_q: Spans, at_k: Spans, *,
-    options: AttentionOptions = DEFAULT, backend: Backend = "auto",
+    options: AttentionOptions = DEFAULT, backend: Backend = "auto", selection: Selection | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Partial result over these keys: out [B, Nq, Hq, D], lse [B, Hq, Nq] (None for sigmoid), float32
     (float64 for float64).
@@ -41,19 +46,23 @@ def forward(
     Not differentiable; a row without a visible key is out = 0, lse = -inf.
     """
     check(q, k, v, at_q, at_k)
+    more = _selected(selection, q, k)
     if not total(at_q) or not total(at_k):
         return nothing(q, options)
+    name = chosen(q, options, backend)
+    if name == "shapes":
+        return shapes.forward(q, options)
     low = lower(mask, at_q, at_k, k.shape[2], q.device)
     _check_batch(low, q)
-    name = chosen(q, options, backend)
     if name == "reference":
-        return reference.forward(q, k, v, low, options)
-    return _module(name).forward(q, k, v, mask, low, at_q, at_k, options)
+        return reference.forward(q, k, v, low, options, **more)
+    return _module(name, more).forward(q, k, v, mask, low, at_q, at_k, options, **more)
 
 
 def backward(
     dout: Tensor, delta: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None,
     mask: Mask, at_q: Spans, at_k: Spans, *, options: AttentionOptions = DEFAULT, backend: Backend = "auto",
+    selection: Selection | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv over these keys, float32 (float64 for float64); `lse` and `delta` are those of the *whole*
     row.
@@ -62,23 +71,37 @@ def backward(
     the whole.
     """
     check(q, k, v, at_q, at_k)
-    for name, given in (("lse", lse), ("delta", delta)):
-        if (given is None) != (options.normalizer == "sigmoid"):
-            has = "needs it" if given is None else "has none"
-            raise ValueError(f"{name} is {type(given).__name__}, but the {options.normalizer} backward {has}")
+    more = _selected(selection, q, k)
+    _check_rows(q, dout, {"lse": lse, "delta": delta}, options)
     if not total(at_q) or not total(at_k):
         dtype = partial_dtype(q)
         return tuple(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))  # type: ignore[return-value]
+    name = chosen(q, options, backend)
+    if name == "shapes":
+        return shapes.backward(q, k, v)
     low = lower(mask, at_q, at_k, k.shape[2], q.device)
     _check_batch(low, q)
-    name = chosen(q, options, backend)
     if name == "reference":
-        return reference.backward(dout, delta, q, k, v, lse, low, options)
-    return _module(name, back=True).backward(dout, delta, q, k, v, lse, mask, low, at_q, at_k, options)
+        return reference.backward(dout, delta, q, k, v, lse, low, options, **more)
+    run = _module(name, more, back=True).backward
+    found: tuple[Tensor, Tensor, Tensor] = run(
+        dout, delta, q, k, v, lse, mask, low, at_q, at_k, options, **more
+    )
+    return found
 
 
-def _module(name: str, *, back: bool = False) -> Any:
+def _selected(selection: Selection | None, q: Tensor, k: Tensor) -> dict[str, Any]:
+    """What the backends are given besides, once it is checked."""
+    if selection is None:
+        return {}
+    selection.check(q, k)
+    return {"selection": selection}
+
+
+def _module(name: str, more: dict[str, Any], *, back: bool = False) -> Any:
     """What has the `forward` of a backend, or its `backward`. What needs Triton is imported only to run."""
+    if name == "sdpa" and more:
+        raise Unsupported("backend='sdpa' takes no selection of blocks; backend='triton' does")
     if name == "cpu":
         return cpu
     if not find_spec("triton"):
@@ -96,33 +119,41 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, at: tuple[Spans, Spans],
-        options: AttentionOptions, backend: Backend,
+        options: AttentionOptions, backend: Backend, selection: Selection | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        out, lse = forward(q, k, v, mask, *at, options=options, backend=backend)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = mask, at, options, backend
+        out, lse = forward(q, k, v, mask, *at, options=options, backend=backend, selection=selection)
+        # the blocks too, so that a change of them before the backward is an error
+        ctx.save_for_backward(q, k, v, out, lse, selection.chosen if selection else None)
+        ctx.rest = mask, at, options, backend, selection
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        mask, at, options, backend = ctx.rest
-        delta = row_delta(dout, out, lse, dlse)
-        grads = backward(dout, delta, q, k, v, lse, mask, *at, options=options, backend=backend)
-        return *(g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None, None, None, None
+        q, k, v, out, lse, _ = ctx.saved_tensors
+        mask, at, options, backend, selection = ctx.rest
+        delta = row_delta(dout, out, lse, dlse, backend=backend)
+        grads = backward(
+            dout, delta, q, k, v, lse, mask, *at, options=options, backend=backend, selection=selection
+        )
+        rest = None, None, None, None, None
+        return *(g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), *rest
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, at_q: Spans, at_k: Spans, *,
-    options: AttentionOptions = DEFAULT, backend: Backend = "auto",
+    options: AttentionOptions = DEFAULT, backend: Backend = "auto", selection: Selection | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention of local queries over local keys: the partial (out, lse) of `forward`, both differentiable.
 
     q [B, Nq, Hq, D], k, v [B, Nk, Hkv, D], Hq a multiple of Hkv; at_q, at_k: where the tokens sit. `out`
-    stays float32 for half-precision inputs, so that partials can be merged before the one cast. Raises
+    stays float32 for half-precision inputs, so that partials can be merged before the one cast. selection:
+    blocks of keys chosen at run time, beyond which nothing is seen or visited. Differentiable once. Raises
     ValueError on shapes that do not fit.
     """
-    result: tuple[Tensor, Tensor | None] = _Attention.apply(q, k, v, mask, (at_q, at_k), options, backend)
+    result: tuple[Tensor, Tensor | None] = _Attention.apply(
+        q, k, v, mask, (at_q, at_k), options, backend, selection
+    )
     return result
 
 
@@ -167,13 +198,19 @@ def nothing(q: Tensor, options: AttentionOptions = DEFAULT) -> tuple[Tensor, Ten
     return out, torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=dtype, device=q.device)
 
 
-def row_delta(dout: Tensor, out: Tensor, lse: Tensor | None, dlse: Tensor | None) -> Tensor | None:
-    """rowsum(dout * out) - dlse, [B, H, T], partial dtype; the dlse of a row without keys counts as 0. None
-    for sigmoid.
+def row_delta(
+    dout: Tensor, out: Tensor, lse: Tensor | None, dlse: Tensor | None, *, backend: Backend = "auto"
+) -> Tensor | None:
+    """rowsum(dout * out) - dlse, [B, H, T], partial dtype, in which it is summed; the dlse of a row without
+    keys counts as 0. None for sigmoid.
     """
     if lse is None:
         return None
-    delta = (dout.to(out.dtype) * out).sum(-1).transpose(1, 2)
+    if out.numel() and chosen(out, backend=backend) == "triton":
+        found: Tensor = _module("triton", {}, back=True).row_delta(dout, out, lse, dlse)
+        return found
+    dtype = partial_dtype(out)
+    delta = (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2)
     if dlse is not None:
         delta = delta - dlse.masked_fill(lse.isinf(), 0.0)
     return delta.contiguous()
@@ -202,6 +239,23 @@ def check(q: Tensor, k: Tensor, v: Tensor, at_q: Spans, at_k: Spans) -> None:
             raise ValueError(f"{name} places {total(at)} tokens, but the tensor holds {x.shape[1]}")
 
 
+def _check_rows(q: Tensor, dout: Tensor, given: dict[str, Tensor | None], options: AttentionOptions) -> None:
+    """Refuse what the backward gets of each row, if it does not fit q and the normalizer."""
+    rows = (q.shape[0], q.shape[2], q.shape[1])
+    for name, x in given.items():
+        if (x is None) != (options.normalizer == "sigmoid"):
+            has = "needs it" if x is None else "has none"
+            raise ValueError(f"{name} is {type(x).__name__}, but the {options.normalizer} backward {has}")
+        if x is not None and (x.shape != rows or not x.is_floating_point()):
+            raise ValueError(
+                f"{name} is {x.dtype} {tuple(x.shape)}; it must be floating, [batch, heads, tokens]: {rows}"
+            )
+    if dout.shape != q.shape or not dout.is_floating_point():
+        raise ValueError(
+            f"dout is {dout.dtype} {tuple(dout.shape)}; it must be floating and shaped as q: {tuple(q.shape)}"
+        )
+
+
 def _check_batch(low: Lowered, q: Tensor) -> None:
     rows = low.tables_q.shape[1]
     if rows not in (1, q.shape[0]):
@@ -210,6 +264,7 @@ def _check_batch(low: Lowered, q: Tensor) -> None:
 
 __all__ = [
     "AttentionOptions",
+    "Selection",
     "Unsupported",
     "attention",
     "backward",
@@ -218,4 +273,5 @@ __all__ = [
     "forward",
     "merge",
     "nothing",
+    "picked",
 ]

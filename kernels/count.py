@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .concrete import concrete
 from .lower import Lowered, lower, see
 from .mask import Mask
 from .span import Spans, total
@@ -25,6 +26,7 @@ class Cut(NamedTuple):
     keys: int
 
 
+@concrete
 def keys_per_query(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, *, most: int = MOST) -> Tensor:
     """Visible keys of each held query: int64 [tokens], summed over the mask's batch rows and over the kv
     heads, all of them if the mask tells them apart and else one.
@@ -49,6 +51,7 @@ def keys_per_query(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, *, most:
     return found.view(-1, lists.rows * TILE).sum(0)[: cut.queries]
 
 
+@concrete
 def keys_seen(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int) -> Tensor:
     """Which held keys some held query sees, to the token: bool [1 or batch, 1 or kv heads, keys]."""
     shape = (mask.batch(), kv_heads if mask.per_head else 1, total(at_k))

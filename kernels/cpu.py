@@ -1,6 +1,7 @@
 """Attention on the CPU: a mask cut into a few calls of torch's own flash operator, over blocks of tiles."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,9 @@ from .cells import kinds
 from .lower import Lowered
 from .mask import Mask, Unsupported
 from .options import AttentionOptions
+from .selection import Selection
 from .span import Spans
-from .steps import Step, steps
+from .steps import Step, selected, steps
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -52,6 +54,7 @@ def forward(
     at_q: Spans,
     at_k: Spans,
     options: AttentionOptions,
+    selection: Selection | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q [B, Nq, Hq, D], k, v [B, Nk, Hkv, D] -> out [B, Nq, Hq, D], lse [B, Hq, Nq] in the partial dtype.
 
@@ -62,7 +65,7 @@ def forward(
     out = torch.zeros(q.shape, dtype=torch.promote_types(q.dtype, torch.float32)).transpose(1, 2)
     q, k, v = _heads_first(q, k, v)
     lse = q.new_full(q.shape[:3], float("-inf"))
-    for group in _groups(mask, low, at_q, at_k, q.shape[1]):
+    for group in _groups(mask, low, at_q, at_k, q.shape[1], selection):
         written = 0
         for step in group.steps:
             at_rows = group.batch, group.q_heads, step.rows
@@ -78,7 +81,7 @@ def forward(
 
 def backward(
     dout: Tensor, delta: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, mask: Mask,
-    low: Lowered, at_q: Spans, at_k: Spans, options: AttentionOptions,
+    low: Lowered, at_q: Spans, at_k: Spans, options: AttentionOptions, selection: Selection | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv over these keys in the partial dtype, from the whole row's lse and delta [B, Hq, Nq]."""
     _refuse(q, options)
@@ -91,10 +94,11 @@ def backward(
     lse = lse.to(q.dtype).masked_fill(dead, torch.finfo(q.dtype).max)
     out, lost = _stand_in(dout, delta)
     found = dout.masked_fill(lost[..., None], 0.0) if lost.any() else dout
-    grads = _sweep(Work(q, k, v, found, out, lse), _groups(mask, low, at_q, at_k, q.shape[1]), scale)
+    groups = partial(_groups, mask, low, at_q, at_k, q.shape[1], selection)
+    grads = _sweep(Work(q, k, v, found, out, lse), groups(), scale)
     if lost.any():
         rest = _widened(Work(q, k, v, dout, out, lse), delta, lost)
-        extra = _sweep(rest, _groups(mask, low, at_q, at_k, q.shape[1]), scale)
+        extra = _sweep(rest, groups(), scale)
         grads = [a + b[..., :-1] for a, b in zip(grads, extra, strict=True)]
     dq, dk, dv = (x.transpose(1, 2) for x in grads)
     return dq, dk, dv
@@ -116,18 +120,25 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.to(dtype).transpose(1, 2).contiguous() for x in tensors]
 
 
-def _groups(mask: Mask, low: Lowered, at_q: Spans, at_k: Spans, q_heads: int) -> Iterator[Group]:
+def _groups(
+    mask: Mask, low: Lowered, at_q: Spans, at_k: Spans, q_heads: int, selection: Selection | None
+) -> Iterator[Group]:
     rows, kv_heads = low.tables_q.shape[1], len(low.heads)
     like = kinds(mask, kv_heads)[1]
     heads = len(like)
+    if selection is not None:
+        rows, heads = max(rows, selection.chosen.shape[0]), max(heads, selection.chosen.shape[1])
     shares = q_heads // heads, kv_heads // heads
     for row in range(rows):
         batch = slice(row, row + 1) if rows > 1 else slice(None)
         for head in range(heads):
             own, own_kv = (slice(head * n, (head + 1) * n) for n in shares)
-            # of heads that see the same, the steps of the first are kept
-            first = like.index(like[head])
-            found = steps(mask, at_q, at_k, kv_heads=kv_heads, group=(row, first))
+            if selection is None:
+                # of heads that see the same, the steps of the first are kept
+                first = like.index(like[head])
+                found = steps(mask, at_q, at_k, kv_heads=kv_heads, group=(row, first))
+            else:
+                found = selected(selection, mask, at_q, at_k, kv_heads=kv_heads, group=(row, head))
             yield Group(batch, own, own_kv, found)
 
 

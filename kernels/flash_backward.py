@@ -19,11 +19,14 @@ from .flash_forward import (
     config,
     constants,
     dense,
+    fitted,
+    listed,
     load_tile,
     matrix,
     place,
     require,
     scored,
+    shapes,
     sigmoid,
     steps,
     store_tile,
@@ -34,8 +37,9 @@ from .lower import Lowered
 from .mask import Mask
 from .options import AttentionOptions
 from .predicate import operands, visible
+from .selection import Selection
 from .span import Spans
-from .tile import Tiles, tiles
+from .tile import Tiles, check_lists
 
 
 class Rows(NamedTuple):
@@ -49,7 +53,7 @@ class Rows(NamedTuple):
 def backward(
     dout: Tensor, delta: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, mask: Mask,
     low: Lowered, at_q: Spans, at_k: Spans, options: AttentionOptions,
-    blocks: tuple[Block, Block] | None = None,
+    blocks: tuple[Block, Block] | None = None, selection: Selection | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq [B, Nq, Hq, D], dk, dv [B, Nk, Hkv, D] over these keys, float32.
 
@@ -58,9 +62,9 @@ def backward(
     """
     require(q)
     best = config(q.shape[3], q.dtype, capability(q), grain(mask))
-    by_query, by_key = blocks or (best.dq, best.dkdv)
+    by_query, by_key = (fitted(b, selection) for b in blocks or (best.dq, best.dkdv))
     forth, back = (
-        tiles(mask, at_q, at_k, k.shape[2], size=(b.queries, b.keys), transpose=transpose, device=q.device)
+        listed(mask, (at_q, at_k), q, k, b, selection, transpose=transpose)
         for b, transpose in ((by_query, False), (by_key, True))
     )
     rows = prepared(dout, delta, lse, q.dtype)
@@ -73,6 +77,7 @@ def launch_dq(
     block: Block,
 ) -> Tensor:  # fmt: skip
     """dq over given lists: the key tiles of each query tile."""
+    check_lists(lists, *shapes(q, k, block, transpose=False))
     q, scores = scored(q, options)
     q, k, v = dense(q), dense(k), dense(v)
     dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
@@ -92,6 +97,7 @@ def launch_dkdv(
     block: Block,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv over given lists: the query tiles of each key tile."""
+    check_lists(lists, *shapes(q, k, block, transpose=True))
     q, scores = scored(q, options)
     q, k, v = dense(q), dense(k), dense(v)
     dk, dv = (torch.empty(k.shape, dtype=torch.float32, device=q.device) for _ in range(2))
@@ -112,6 +118,49 @@ def prepared(dout: Tensor, delta: Tensor | None, lse: Tensor | None, dtype: torc
         return Rows(dout, None, None)
     exponent = lse.float().masked_fill(lse.isinf(), float("inf")) * LOG2E.value
     return Rows(dout, delta.float().contiguous(), exponent.contiguous())
+
+
+def row_delta(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
+    """rowsum(dout * out) - dlse of dout, out [B, N, H, D], any dtypes but float64; float32 [B, H, N].
+
+    lse, dlse [B, H, N]; dlse None for 0. The dlse of a row without keys counts as 0.
+    """
+    batch, tokens, heads, head_dim = out.shape
+    dout, out = dense(dout), dense(out)
+    delta = torch.empty(batch, heads, tokens, dtype=torch.float32, device=out.device)
+    sizes = Sizes(batch, heads, heads, tokens, tokens)
+    strides, unit = steps(dout, out)
+    width = max(16, triton.next_power_of_2(head_dim))
+    # 32 rows of 128 numbers fill the loads of four warps
+    rows = max(16, 4096 // width)
+    with torch.cuda.device_of(out):
+        attention_delta_kernel[(batch * heads * triton.cdiv(tokens, rows),)](
+            dout, out, lse.contiguous(), None if dlse is None else dlse.contiguous(), delta, strides, sizes,
+            D=head_dim, WIDTH=width, BM=rows, UNIT=unit, num_warps=4,
+        )  # fmt: skip
+    return delta
+
+
+@triton.jit
+def attention_delta_kernel(  # type: ignore[no-untyped-def]
+    DOUT, OUT, LSE, DLSE, DELTA, strides, sizes,
+    D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """One program: BM rows of one head; heads that lie beside each other run beside each other."""
+    program = tl.program_id(0)
+    h, program = program % sizes.heads, program // sizes.heads
+    tiles = tl.cdiv(sizes.queries, BM)
+    b, start = program // tiles, program % tiles * BM
+    do = load_tile(matrix(DOUT, strides[0], b, h, UNIT), start, sizes.queries, BM, D, WIDTH, True)
+    o = load_tile(matrix(OUT, strides[1], b, h, UNIT), start, sizes.queries, BM, D, WIDTH, True)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    m = start + tl.arange(0, BM)
+    line = (b.to(tl.int64) * sizes.heads + h) * sizes.queries
+    if DLSE is not None:
+        alive = tl.abs(load_row(LSE + line, m, sizes.queries, 0.0, True).to(tl.float32)) != float("inf")
+        dlse = load_row(DLSE + line, m, sizes.queries, 0.0, True).to(tl.float32)
+        delta -= tl.where(alive, dlse, 0.0)
+    tl.store(DELTA + line + m, delta, mask=m < sizes.queries)
 
 
 @triton.jit

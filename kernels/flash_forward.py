@@ -12,8 +12,10 @@ from .lower import Lowered
 from .mask import Mask, Unsupported
 from .options import AttentionOptions
 from .predicate import constant, operands, visible
+from .selection import Selection
+from .selection import tiles as selected
 from .span import Spans
-from .tile import Tiles, tiles
+from .tile import Tiles, check_lists, tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM = 256
@@ -21,6 +23,9 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 # Only float32 operands know precisions: three tensor-core products for one, since TF32 leaves three digits.
 PRECISION = tl.constexpr("tf32x3")
+
+
+Pair = tuple[int, int]
 
 
 class Block(NamedTuple):
@@ -119,16 +124,40 @@ def capability(q: Tensor) -> tuple[int, int]:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, low: Lowered, at_q: Spans, at_k: Spans,
-    options: AttentionOptions, block: Block | None = None,
+    options: AttentionOptions, block: Block | None = None, selection: Selection | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """q [B, Nq, Hq, D], k, v [B, Nk, Hkv, D] -> out [B, Nq, Hq, D], lse [B, Hq, Nq] (None for sigmoid), both
     float32.
     """
     require(q)
-    block = block or config(q.shape[3], q.dtype, capability(q)).forward
-    size = (block.queries, block.keys)
-    lists = tiles(mask, at_q, at_k, k.shape[2], size=size, transpose=False, device=q.device)
+    block = fitted(block or config(q.shape[3], q.dtype, capability(q)).forward, selection)
+    lists = listed(mask, (at_q, at_k), q, k, block, selection, transpose=False)
     return launch(q, k, v, low=low, lists=lists, options=options, block=block)
+
+
+def fitted(block: Block, selection: Selection | None) -> Block:
+    """The block, or one that divides those of the selection. Unsupported if that were less than 16 tokens."""
+    if selection is None:
+        return block
+    queries, keys = (math.gcd(own, n) for own, n in zip(block[:2], selection.size, strict=True))
+    if min(queries, keys) < 16:
+        raise Unsupported(
+            f"backend='triton': Selection.size is {selection.size}; it takes multiples of 16 tokens "
+            "(others: backend='reference')"
+        )
+    small = queries * keys < block.queries * block.keys
+    return block._replace(queries=queries, keys=keys, warps=min(block.warps, 4) if small else block.warps)
+
+
+def listed(
+    mask: Mask, at: tuple[Spans, Spans], q: Tensor, k: Tensor, block: Block, selection: Selection | None, *,
+    transpose: bool,
+) -> Tiles:  # fmt: skip
+    """The tiles of the mask, or those of them that are chosen."""
+    size, heads = (block.queries, block.keys), k.shape[2]
+    if selection is None:
+        return tiles(mask, *at, heads, size=size, transpose=transpose, device=q.device)
+    return selected(selection, mask, at, heads, size=size, transpose=transpose)
 
 
 def launch(
@@ -137,7 +166,9 @@ def launch(
     """`forward` over given lists of tiles of (block.queries, block.keys), which may be made at run time.
 
     Of a full tile every key is seen, of a partial one what `low` says, of a tile that is not listed none.
+    ValueError for lists of other shapes; what makes them (`tile.tiles`, `tile.chosen`) sees to the rest.
     """
+    check_lists(lists, *shapes(q, k, block, transpose=False))
     q, scores = scored(q, options)
     q, k, v = dense(q), dense(k), dense(v)
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
@@ -152,6 +183,12 @@ def launch(
             UNIT=unit, **constants(q, low, options, block),
         )  # fmt: skip
     return out, lse
+
+
+def shapes(q: Tensor, k: Tensor, block: Block, *, transpose: bool) -> tuple[int, int, Pair, Pair]:
+    """What `check_lists` asks for: batch rows, kv heads, tokens in rows and in columns, and their tiles."""
+    tokens, size = (q.shape[1], k.shape[1]), (block.queries, block.keys)
+    return q.shape[0], k.shape[2], tokens[::-1] if transpose else tokens, size[::-1] if transpose else size
 
 
 def constants(q: Tensor, low: Lowered, options: AttentionOptions, block: Block) -> dict[str, Any]:

@@ -9,37 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .fields import require
 from .jit import jit
-from .mask import UNLIMITED, Bound, Frame, Leaf, Mask, Range, Tree
-
-
-def require(mask: Mask, low: int, *names: str, high: int = UNLIMITED - 1) -> None:
-    """Raise ValueError unless these fields of the mask are integers from `low` to `high`."""
-    for name in names:
-        value = getattr(mask, name)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise ValueError(
-                f"{type(mask).__name__}.{name} is {value}; it must be an integer from {low} to {high}"
-            )
-
-
-def integers(mask: Mask, name: str, low: int, high: int = UNLIMITED - 1) -> tuple[int, ...]:
-    """The field as a tuple, whatever sequence it was given as; ValueError unless it holds such integers."""
-    value = getattr(mask, name)
-    found = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (None,)
-    if not found or not all(type(x) is int and low <= x <= high for x in found):
-        raise ValueError(
-            f"{type(mask).__name__}.{name} is {value}; it must be a list of integers from {low} to {high}"
-        )
-    object.__setattr__(mask, name, found)
-    return found
-
-
-def within(mask: Mask, limit: int, *least: Tensor) -> None:
-    """Raise ValueError if any of these positions is `limit` or more."""
-    beyond = [int(x.max()) for x in least if x.numel() and int(x.max()) >= limit]
-    if beyond:
-        raise ValueError(f"{mask} has {limit} positions, 0 to {limit - 1}, but is asked for {max(beyond)}")
+from .mask import Bound, Frame, Leaf, Mask, Range, Tree
 
 
 class Composed(Mask):

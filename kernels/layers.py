@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from .heads import Composed, require
+from .fields import require
+from .heads import Composed
 from .mask import Bound, Mask
 
 

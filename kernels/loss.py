@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .fused_loss import by_liger, by_torch, liger_refusal, torch_refusal
 from .mask import Unsupported
+from .shapes import without_data
 
 Backend = Literal["auto", "own", "torch", "liger"]
 
@@ -140,7 +141,7 @@ def _check(x: Tensor, weight: Tensor, labels: Tensor, chunk: int, ignore_index: 
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1 token")
     # not on a GPU, where looking at the values would wait for it
-    if labels.device.type == "cpu" and labels.numel():
+    if labels.device.type == "cpu" and labels.numel() and not without_data(labels):
         used = labels[labels != ignore_index]
         bad = used[(used < 0) | (used >= len(weight))]
         if bad.numel():

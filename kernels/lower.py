@@ -1,11 +1,11 @@
 """A mask as data for local tokens, and its predicate on torch tensors."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .kept import kept
 from .mask import Frame, Mask, Tree, bound_heads
 from .span import Spans, positions
 
@@ -22,7 +22,7 @@ class Lowered(NamedTuple):
     tables_k: Tensor  # int32 [tables, 1 or batch, Nk]
 
 
-@lru_cache(maxsize=64)
+@kept()
 def lower(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, device: torch.device) -> Lowered:
     """Tree, numbers and per-token data of a mask for queries at `at_q` and keys at `at_k`. Cached by
     value.

@@ -7,16 +7,15 @@ kernels inline), its *parameters* (run-time numbers, so that no kernel is recomp
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .fields import UNLIMITED, integer, require, starts
 from .jit import jit
-
-UNLIMITED = 2**30  # positions are below this, so that sums of two of them fit int32
 
 # ("leaf", jit, first parameter, parameters) | ("and" | "or", Tree, Tree) | ("documents", table, Tree)
 Tree = tuple[Any, ...]
@@ -158,9 +157,8 @@ class Window(Leaf):
 
     def __post_init__(self) -> None:
         for name in ("left", "right"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < UNLIMITED:
-                raise ValueError(f"Window.{name} is {value}; it must be None or from 0 to {UNLIMITED - 1}")
+            if getattr(self, name) is not None:
+                require(self, 0, name, also="None or ")
 
     def parameters(self, of: int) -> tuple[int, ...]:
         return tuple(UNLIMITED if x is None else x for x in (self.left, self.right))
@@ -185,11 +183,10 @@ class First(Leaf):
     predicate: ClassVar[Any] = first_predicate
 
     def __post_init__(self) -> None:
-        if self.n < 0:
-            raise ValueError(f"First.n is {self.n}; it must be at least 0")
+        require(self, 0, "n", high=UNLIMITED)
 
     def parameters(self, of: int) -> tuple[int, ...]:
-        return (min(self.n, UNLIMITED),)
+        return (self.n,)
 
     def classify(self, q: Range, k: Range, head: Tensor, of: int) -> tuple[Tensor, Tensor]:
         anything = q.low <= q.high
@@ -212,13 +209,10 @@ class Documents(Mask):
     inner: Mask | None = None
 
     def __post_init__(self) -> None:
-        raw = self.offsets.tolist() if isinstance(self.offsets, Tensor) else self.offsets
-        nested = len(raw) > 0 and not isinstance(raw[0], int)
-        listed: Any = raw if nested else [raw]
-        rows = [tuple(int(x) for x in row) for row in listed]
-        for row in rows:
-            if not row or row[0] != 0 or any(a > b for a, b in zip(row, row[1:], strict=False)):
-                raise ValueError(f"Documents.offsets must be sorted starts from 0, got {row[:8]}")
+        # of a tensor or array at once: its elements one by one are slow
+        raw: Any = self.offsets.tolist() if hasattr(self.offsets, "tolist") else self.offsets
+        nested = len(raw) > 0 and isinstance(raw[0], Iterable)
+        rows = [starts(self, "offsets", row) for row in (raw if nested else [raw])]
         if len({len(row) for row in rows}) > 1:
             raise ValueError("Documents.offsets has rows of different lengths; pad them with the length")
         if isinstance(self.inner, Bound):
@@ -349,9 +343,12 @@ class Bound(Mask):
     of: int
 
     def __post_init__(self) -> None:
-        bad = [i for i in self.kv_indices if not 0 <= i < self.of]
+        require(self, 1, "of")
+        found = tuple(map(integer, self.kv_indices))
+        bad = [i for i, x in zip(self.kv_indices, found, strict=True) if x is None or not 0 <= x < self.of]
         if bad:
-            raise ValueError(f"mask.heads: kv indices {bad} are not heads of {self.of}")
+            raise ValueError(f"mask.heads: kv indices {bad} are not heads of {self.of}, 0 to {self.of - 1}")
+        object.__setattr__(self, "kv_indices", found)
 
     @property
     def shift_invariant(self) -> bool:  # type: ignore[override]

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .heads import Composed, both, integers, require, within
+from .fields import UNLIMITED, integer, integers, require, within
+from .heads import Composed, both
 from .jit import jit
-from .mask import UNLIMITED, Frame, Leaf, Mask, Range, Tree
+from .mask import Frame, Leaf, Mask, Range, Tree
 from .patterns import same_block
 from .span import Span, Spans, positions
 
@@ -154,14 +155,14 @@ class Neighborhood(Composed):
         for name in ("window", "dilation", "stride", "causal"):
             value = getattr(self, name)
             value = tuple(value) if isinstance(value, Iterable) else (value,) * len(grid)
-            if len(value) != len(grid) or any(
-                type(x) is not (bool if name == "causal" else int) for x in value
-            ):
-                kind = "true or false" if name == "causal" else "an integer"
+            kind = bool if name == "causal" else int
+            found = tuple(value) if kind is bool else tuple(map(integer, value))
+            if len(value) != len(grid) or any(type(x) is not kind for x in found):
+                words = "true or false" if kind is bool else "an integer"
                 raise ValueError(
-                    f"Neighborhood.{name} is {value}; it must be {kind}, or one for each of {len(grid)} axes"
+                    f"Neighborhood.{name} is {value}; it must be {words}, or one for each of {len(grid)} axes"
                 )
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, found)
         for axis in self.axes():
             axis.check()
 

@@ -1,6 +1,8 @@
 """How scores become weights: the numbers that every backend takes."""
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 
@@ -22,6 +24,10 @@ class AttentionOptions:
     def __post_init__(self) -> None:
         if self.normalizer not in ("softmax", "sigmoid"):
             raise ValueError(f"AttentionOptions.normalizer is {self.normalizer!r}; allowed: softmax, sigmoid")
+        for name in ("scale", "softcap", "bias"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
+                raise ValueError(f"AttentionOptions.{name} is {value}; it must be a finite number")
         if self.softcap < 0:
             raise ValueError(f"AttentionOptions.softcap is {self.softcap}; it must be at least 0")
         if self.normalizer == "softmax" and self.bias:

@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .heads import Composed, Heads, PerHead, integers, require, within
+from .fields import UNLIMITED, integers, require, within
+from .heads import Composed, Heads, PerHead
 from .jit import jit
 from .layers import PerLayer
-from .mask import UNLIMITED, And, Causal, Documents, Frame, Full, Leaf, Mask, Or, Range, Tree, Window
+from .mask import And, Causal, Documents, Frame, Full, Leaf, Mask, Or, Range, Tree, Window
 
 
 @jit

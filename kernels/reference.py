@@ -5,18 +5,22 @@ from torch import Tensor
 
 from .lower import Lowered, visible
 from .options import AttentionOptions
+from .selection import Selection
 
 Pair = tuple[Tensor, Tensor | None]
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, low: Lowered, options: AttentionOptions) -> Pair:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, low: Lowered, options: AttentionOptions,
+    selection: Selection | None = None,
+) -> Pair:  # fmt: skip
     """q [B, Nq, Hq, D], k, v [B, Nk, Hkv, D] -> out [B, Nq, Hq, D], lse [B, Hq, Nq] (None for sigmoid),
     partial dtype.
     """
     with _exact(q):
         qh, kh, vh = _heads_first(q, k, v)
-        s = _scores(qh, kh, low, options)
+        s = _scores(qh, kh, low, options, selection)
         if options.normalizer == "sigmoid":
             return (s.sigmoid() @ vh).transpose(1, 2), None
         lse = s.logsumexp(-1)
@@ -26,7 +30,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, low: Lowered, options: AttentionOpt
 
 def backward(
     dout: Tensor, delta: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, low: Lowered,
-    options: AttentionOptions,
+    options: AttentionOptions, selection: Selection | None = None,
 ) -> Triple:  # fmt: skip
     """Gradients over these keys; `lse` and `delta` [B, Hq, Nq] are those of the whole row, so parts sum to
     the whole.
@@ -34,7 +38,7 @@ def backward(
     with _exact(q):
         qh, kh, vh = _heads_first(q, k, v)
         g = dout.to(qh.dtype).transpose(1, 2)
-        s = _scores(qh, kh, low, options)
+        s = _scores(qh, kh, low, options, selection)
         dp = g @ vh.mT
         if options.normalizer == "sigmoid":
             p = s.sigmoid()
@@ -66,12 +70,16 @@ def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> Triple:
     return qh, kh.repeat_interleave(times, 1), vh.repeat_interleave(times, 1)
 
 
-def _scores(q: Tensor, k: Tensor, low: Lowered, options: AttentionOptions) -> Tensor:
+def _scores(
+    q: Tensor, k: Tensor, low: Lowered, options: AttentionOptions, selection: Selection | None
+) -> Tensor:
     s = q @ k.mT * options.scaling(q.shape[-1])
     if options.softcap:
         s = options.softcap * (s / options.softcap).tanh()
     if options.normalizer == "sigmoid":
         s = s + options.bias
     seen = visible(low)
+    if selection is not None:
+        seen = seen & selection.in_blocks((1, 1), q.shape[2], k.shape[2])
     seen = seen.expand(-1, len(low.heads), -1, -1).repeat_interleave(q.shape[1] // len(low.heads), 1)
     return s.masked_fill(~seen, float("-inf"))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .fields import UNLIMITED, integer
+
 
 @dataclass(frozen=True)
 class Span:
@@ -21,14 +23,21 @@ class Span:
     step: int | None = None
 
     def __post_init__(self) -> None:
-        if not all(x is None or isinstance(x, int) for x in (self.start, self.length, self.run, self.step)):
-            raise ValueError(f"{self}: positions are integers")
+        given = (self.start, self.length, self.run, self.step)
+        if not all(x is None or type(x) is int for x in given):
+            found = [None if x is None else integer(x) for x in given]
+            if [x is None for x in found] != [x is None for x in given]:
+                raise ValueError(f"{self}: positions are integers")
+            for name, value in zip(("start", "length", "run", "step"), found, strict=True):
+                object.__setattr__(self, name, value)
         if (self.run is None) != (self.step is None):
             raise ValueError(f"{self}: give both run and step, or neither for contiguous positions")
         if self.start < 0 or self.length < 0:
             raise ValueError(f"{self}: start and length must be at least 0")
         if self.run is not None and self.step is not None and not 1 <= self.run <= self.step:
             raise ValueError(f"{self}: needs 1 <= run <= step")
+        if self.last >= UNLIMITED:
+            raise ValueError(f"{self} ends at position {self.last}; positions must be below {UNLIMITED}")
 
     @property
     def contiguous(self) -> bool:

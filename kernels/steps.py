@@ -1,15 +1,16 @@
 """Mask x spans -> a few large blocks, open, causal or masked: what a dense operator needs for any mask."""
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .kept import kept
 from .lower import Lowered, lower, visible
 from .mask import Mask, Range
+from .selection import Selection
 from .span import Span, Spans, cut, total
 from .tile import classify
 
@@ -48,13 +49,35 @@ def steps(
     return (_kept if small else _made)(mask, at_q, at_k, kv_heads, group)
 
 
-@lru_cache(maxsize=64)
+@kept()
 def _kept(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, group: tuple[int, int]) -> tuple[Step, ...]:
     return tuple(_made(mask, at_q, at_k, kv_heads, group))
 
 
 def _made(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, group: tuple[int, int]) -> Iterator[Step]:
     grid, fine = (_grid(mask, at_q, at_k, kv_heads, group, share) for share in (1, 4))
+    return _through(grid, fine)
+
+
+def selected(
+    selection: Selection, mask: Mask, at_q: Spans, at_k: Spans, *, kv_heads: int, group: tuple[int, int]
+) -> Iterator[Step]:
+    """`steps` of the chosen blocks alone; group: (batch row, kv head)."""
+    row, head = group
+    low = _of_group(lower(mask, at_q, at_k, kv_heads, torch.device("cpu")), group)
+    q, k = (
+        [*range(0, len(at), n), len(at)]
+        for at, n in zip((low.q, low.k), selection.size, strict=True)
+    )  # fmt: skip
+    found = classify(mask, _range(low.q, q), _range(low.k, k), kv_heads)
+    own, some, every = (
+        x[min(row, len(x) - 1), min(head, x.shape[1] - 1)] for x in (selection.chosen, *found)
+    )
+    grid = Grid(low, q, k, every & own, some & ~every & own)
+    return _through(grid, grid)
+
+
+def _through(grid: Grid, fine: Grid) -> Iterator[Step]:
     first = 0
     last: Tensor | None = None
     while first < len(grid.q) - 1:
@@ -69,19 +92,24 @@ def _made(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, group: tuple[int,
 
 def _grid(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, group: tuple[int, int], share: int) -> Grid:
     """Square tiles, or a `share` of each along the keys."""
-    low = lower(mask, at_q, at_k, kv_heads, torch.device("cpu"))
     row, head = group
-    low = low._replace(
-        heads=low.heads[head : head + 1],
-        tables_q=low.tables_q[:, row : row + 1],
-        tables_k=low.tables_k[:, row : row + 1],
-    )
+    low = _of_group(lower(mask, at_q, at_k, kv_heads, torch.device("cpu")), group)
     tile = 128 if max(len(low.q), len(low.k)) <= 2048 else 256
     q = _borders(low.q, low.tables_q, (at_q, at_k), tile)
     k = _borders(low.k, low.tables_k, (at_k, at_q), tile // share)
     some, every = classify(mask, _range(low.q, q), _range(low.k, k), kv_heads)
     some, every = some[row, head], every[row, head]
     return Grid(low, q, k, every, some & ~every)
+
+
+def _of_group(low: Lowered, group: tuple[int, int]) -> Lowered:
+    """Of one batch row, of those that the mask tells apart, and one kv head."""
+    row, head = min(group[0], low.tables_q.shape[1] - 1), group[1]
+    return low._replace(
+        heads=low.heads[head : head + 1],
+        tables_q=low.tables_q[:, row : row + 1],
+        tables_k=low.tables_k[:, row : row + 1],
+    )
 
 
 def _borders(at: Tensor, tables: Tensor, spans: tuple[Spans, Spans], tile: int) -> list[int]:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from .cells import Grid, cells, held, kinds, strips
+from .concrete import concrete
+from .kept import kept
 from .lists import ranges
 from .lower import Lowered, lower, visible
 from .mask import Documents, Full, Mask, Range, bound_heads
@@ -50,7 +52,7 @@ def classify(mask: Mask, q: Range, k: Range, kv_heads: int) -> tuple[Tensor, Ten
     return some.expand(shape), (every & some).expand(shape)
 
 
-@lru_cache(maxsize=64)
+@kept()
 def tiles(
     mask: Mask,
     at_q: Spans,
@@ -67,7 +69,7 @@ def tiles(
     counts = (-(-total(at_q) // size[0]), -(-total(at_k) // size[1]))
     if 0 in counts:
         none = torch.zeros(1, 1, *(counts[::-1] if transpose else counts), dtype=torch.bool, device=device)
-        return chosen(none, none)
+        return chosen(none, none, tokens=0, size=1)
     # only the end of the columns matters: the kernels guard their own rows at all times
     short = transpose and total(at_q) % size[0] > 0, not transpose and total(at_k) % size[1] > 0
     found = cells(Grid(mask, held(at_q, size[0], device), held(at_k, size[1], device), kv_heads, short))
@@ -80,19 +82,52 @@ def tiles(
     return _ordered(batch, len(like), rows, columns, full, partial, index)
 
 
-def chosen(some: Tensor, every: Tensor) -> Tiles:
-    """Lists made at run time, as a learned selector would: which tiles to visit, and which of them are full.
+def chosen(some: Tensor, every: Tensor, *, tokens: int, size: int) -> Tiles:
+    """Lists made at run time: which tiles to visit, and which of them are full.
 
-    some, every: bool [1 or batch, 1 or kv heads, rows, columns]. `every` must be false of tiles that the end
-    of the columns cuts, and of tiles that are not visited.
+    some, every: bool [1 or batch, 1 or kv heads, rows, columns], where the columns are `tokens` tokens in
+    tiles of `size`. A tile that is not visited or that the end of the columns cuts is not full, whatever
+    `every` says: a kernel would read beyond the tensor.
     """
+    if some.ndim != 4 or some.shape != every.shape or {some.dtype, every.dtype} != {torch.bool}:
+        raise ValueError(
+            f"some and every are {some.dtype} {tuple(some.shape)} and {every.dtype} {tuple(every.shape)}; "
+            "they must be bool [1 or batch, 1 or kv heads, rows, columns]"
+        )
     batch, heads, rows, columns = some.shape
+    if tokens and columns != -(-tokens // size):
+        raise ValueError(f"{tokens} tokens are {-(-tokens // size)} tiles of {size}, but some has {columns}")
+    every = every & some
+    if tokens % size:
+        every[..., -1] = False
     kinds = [x.flatten(0, 2) for x in (every, some & ~every)]
     counts = torch.stack([x.sum(1) for x in kinds])
     ends = counts.flatten().cumsum(0).view_as(counts)
     full, partial = torch.stack((ends - counts, ends), 2).int()
     index = torch.cat([x.nonzero()[:, 1] for x in kinds]).int()
     return _ordered(batch, heads, rows, columns, full, partial, index)
+
+
+def check_lists(lists: Tiles, batch: int, heads: int, tokens: tuple[int, int], size: tuple[int, int]) -> None:
+    """Raise ValueError unless the lists are for so many batch rows and kv heads, and so many tokens in rows
+    and in columns, in tiles of `size`. What they list is trusted: `tiles` and `chosen` list no other tiles.
+    """
+    rows, columns = (-(-n // each) for n, each in zip(tokens, size, strict=True))
+    fits = lists.batch in (1, batch) and lists.heads in (1, heads)
+    if not fits or (lists.rows, lists.columns) != (rows, columns):
+        raise ValueError(
+            f"lists are of {lists.batch} rows, {lists.heads} heads, {lists.rows} x {lists.columns} tiles; "
+            f"they must be of 1 or {batch}, 1 or {heads}, and {rows} x {columns} of {size[0]} x {size[1]}"
+        )
+    count = lists.batch * lists.heads * rows
+    for name, shape in (("full", (count, 2)), ("partial", (count, 2)), ("order", (count,))):
+        x: Tensor = getattr(lists, name)
+        if x.shape != shape or x.dtype != torch.int32 or not x.is_contiguous():
+            raise ValueError(
+                f"lists.{name} is {x.dtype} {tuple(x.shape)}; it must be torch.int32 {shape}, contiguous"
+            )
+    if lists.index.ndim != 1 or lists.index.dtype != torch.int32 or not lists.index.is_contiguous():
+        raise ValueError(f"lists.index is {lists.index.dtype}; it must be int32, contiguous, of one axis")
 
 
 def _ordered(
@@ -102,6 +137,7 @@ def _ordered(
     return Tiles(batch, heads, rows, columns, full, partial, index, order)
 
 
+@concrete
 def needed(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, *, tile: int = 128) -> bool:
     """Whether any query at `at_q` may see any key at `at_k`: false only if surely none does."""
     if not total(at_q) or not total(at_k):
@@ -111,6 +147,7 @@ def needed(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, *, tile: int = 1
     return any(bool(strip.whole.any()) or strip.each.numel() > 0 for strip in strips(grid))
 
 
+@concrete
 def area(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, *, tile: int = 64) -> int:
     """Visible (query, key) pairs, summed over the mask's batch rows and averaged over kv heads, rounded
     down.
@@ -156,10 +193,10 @@ def seen(low: Lowered, group: int, heads: int, *, q: slice, k: Tensor) -> Tensor
     return visible(part)[0, 0].expand(len(part.q), len(part.k))
 
 
-@lru_cache(maxsize=4096)
+@concrete
 def pairs(mask: Mask, length: int, kv_heads: int) -> int:
     """`area` of a whole sequence of `length` tokens; documents are counted one by one, each length once."""
-    if isinstance(mask, Documents):
+    if isinstance(mask, Documents) and (mask.inner is None or mask.inner.batch() == 1):
         inner, total_pairs = mask.inner or Full(), 0
         for row in mask.rows():
             ends = (*row[1:], length)
@@ -169,5 +206,10 @@ def pairs(mask: Mask, length: int, kv_heads: int) -> int:
                 if a < length
             )
         return total_pairs
+    return _whole(mask, length, kv_heads)
+
+
+@lru_cache(maxsize=4096)
+def _whole(mask: Mask, length: int, kv_heads: int) -> int:
     whole = (Span(0, length),) if length else ()
     return area(mask, whole, whole, kv_heads)

@@ -304,8 +304,38 @@ def test_sigmoid_asked_for_an_lse_is_refused() -> None:
         backward(q, None, q, q, q, None, Causal(), AT, AT)
 
 
+def test_a_raw_backward_of_other_rows_is_refused() -> None:
+    q, k, rows = torch.zeros(2, 4, 2, 8), torch.zeros(2, 4, 1, 8), torch.zeros(2, 2, 4)
+    bad: list[tuple[str, Tensor, str]] = [
+        ("dout", torch.zeros(2, 4, 1, 8), r"dout is torch.float32 \(2, 4, 1, 8\); .* as q: \(2, 4, 2, 8\)"),
+        ("dout", torch.zeros(2, 4, 2, 8).long(), "dout is torch.int64"),
+        ("lse", rows.mT, r"lse is torch.float32 \(2, 4, 2\); .* \[batch, heads, tokens\]: \(2, 2, 4\)"),
+        ("delta", rows[:1], r"delta is torch.float32 \(1, 2, 4\)"),
+        ("delta", rows.long(), "delta is torch.int64"),
+    ]
+    for name, wrong, words in bad:
+        given = {"dout": q, "delta": rows, "lse": rows, name: wrong}
+        with pytest.raises(ValueError, match=words):
+            backward(given["dout"], given["delta"], q, k, k, given["lse"], Causal(), AT, AT)
+
+
+@both_backends
+def test_a_second_derivative_is_refused(backend: Which) -> None:
+    """It would leave out how the gradients depend on q, k and v."""
+    q, k, v = (x.requires_grad_() for x in inputs(8, 8)[:3])
+    at = (Span(0, 8),)
+    out, _ = attention(q, k, v, Causal(), at, at, backend=backend)
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     (dict(normalizer="relu"), "normalizer is 'relu'; allowed: softmax, sigmoid"),
+    (dict(softcap=math.nan), "softcap is nan; it must be a finite number"),
+    (dict(softcap=math.inf), "softcap is inf; it must be a finite number"),
+    (dict(scale=-math.inf), "scale is -inf; it must be a finite number"),
+    (dict(scale=math.nan), "scale is nan; it must be a finite number"),
     (dict(softcap=-1.0), "softcap is -1.0; it must be at least 0"),
     (dict(bias=-3.0), "bias is -3.0; only normalizer='sigmoid' has one"),
 ]

@@ -115,6 +115,10 @@ def test_rates_and_ratios() -> None:
     assert lines[0].startswith("causal, 1000 tokens, 2/2x50 heads, bfloat16: 50.00% of all pairs")
     assert lines[2].split()[:4] == ["longspan", "4.000", "0.1", "0.50"]
     assert lines[3].split() == ["flash-attn", "not", "installed"]
+    assert lines[4:] == [
+        "  longspan is 0.75x sdpa-flash, 0.50x sdpa-cudnn forward; "
+        "0.40x sdpa-flash, 0.50x sdpa-cudnn backward"
+    ]
     assert Results({sparse.case.key: sparse}).over_dense(sparse, own) is None
 
 

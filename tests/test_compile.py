@@ -95,7 +95,7 @@ GATE = [
 REST = [
     *(Case(90, head_dim, "window & documents") for head_dim in (64, 128)),
     *(Case(sm, 128, mask) for sm in (80, 100) for mask in ("window & documents", "neighbourhood")),
-    *(Case(90, head_dim) for head_dim in (16, 72, 96, 256)),
+    *(Case(90, head_dim) for head_dim in (16, 72, 80, 96, 192, 256)),
     *(Case(90, 128, scores=scores) for scores in ("softcap", "sigmoid")),
     *(Case(sm, head_dim) for sm in (86, 120) for head_dim in (64, 128, 256)),
     *(Case(sm, 256) for sm in (80, 100)),
@@ -146,10 +146,14 @@ def launch(case: Case, kernel: str) -> None:
     k, v = (torch.zeros(batch, n, hk, head_dim, dtype=dtype) for _ in range(2))
     mask, at, options = MASKS[case.mask], (Span(0, n),), OPTIONS[case.scores]
     low = lower(mask, at, at, hk, q.device)
-    block = getattr(flash_forward.config(head_dim, dtype, divmod(case.sm, 10), grain(mask)), kernel)
+    best = flash_forward.config(head_dim, dtype, divmod(case.sm, 10), grain(mask))
+    block = best.forward if kernel == "delta" else getattr(best, kernel)
     size, transpose = (block.queries, block.keys), kernel == "dkdv"
     lists = tiles(mask, at, at, hk, size=size, transpose=transpose, device=q.device)
     lse = torch.zeros(batch, hq, n) if options.normalizer == "softmax" else None
+    if kernel == "delta":
+        flash_backward.row_delta(dout.float(), q, torch.zeros(batch, hq, n), torch.zeros(batch, hq, n))
+        return
     rows = flash_backward.prepared(dout, lse, lse, dtype)
     if kernel == "forward":
         flash_forward.launch(q, k, v, low=low, lists=lists, options=options, block=block)
@@ -170,6 +174,13 @@ def usage(kernel: Any) -> Use:
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     spilled = int(found["STACK"]) + int(found["LOCAL"])
     return Use(int(found["REG"]), spilled, -(-kernel.metadata.shared // 1024), kernel.asm["ptx"])
+
+
+def version() -> str:
+    """The Triton that compiled the table of docs/kernels.md."""
+    found = re.search(r"compiled by Triton (\d+\.\d+\.\d+)", PAGE.read_text())
+    assert found, f"{PAGE} does not say what compiled its table"
+    return found[1]
 
 
 def stated() -> dict[str, dict[str, Use]]:
@@ -208,9 +219,31 @@ def test_kernels_compile_within_what_the_page_states(case: Case, kernel: str, co
     wide += r"|ld\.global\S*\.v4\.b32" if case.dtype == "fp32" else ""
     assert re.search(wide, use.ptx) or case.head_dim < 32, "the loads are narrow"
     assert use.shared <= SHARED[case.sm]
-    found = (use.registers, use.spilled, use.shared)
-    allowed = (most.registers, most.spilled, most.shared)
-    assert all(a <= b for a, b in zip(found, allowed, strict=True)), f"{use}, the page says {most}"
+    if kernel == "forward" and case in (Case(90, 64), Case(90, 128)):
+        assert use.spilled == 0
+    # another Triton allocates registers in its own way
+    if triton.__version__ == version():
+        found = (use.registers, use.spilled, use.shared)
+        allowed = (most.registers, most.spilled, most.shared)
+        assert all(a <= b for a, b in zip(found, allowed, strict=True)), f"{use}, the page says {most}"
+
+
+@pytest.mark.parametrize("kernel", ["delta"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(sm, head_dim) for sm in (90, 80, 100) for head_dim in (64, 128)),
+        *(
+            pytest.param(Case(90, head_dim), marks=pytest.mark.slow)
+            for head_dim in (16, 72, 80, 96, 192, 256)
+        ),
+    ],
+    ids=str,
+)
+def test_delta_compiles_to_wide_loads_without_spills(case: Case, kernel: str, compilers: Compilers) -> None:
+    use = compilers[case, kernel].result()
+    assert use.spilled == 0 and use.registers <= 128 and use.shared <= 4, use
+    assert re.search(r"ld\.global\S*\.v4\.b32", use.ptx), "the loads are narrow"
 
 
 def test_the_causal_forward_on_hopper_spills_nothing() -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from longspan.kernels.heads import Heads, PerHead
 from longspan.kernels.lower import lower, visible
@@ -90,8 +90,10 @@ def test_a_model_that_leaves_blocks_unseen_is_refused(mask: Mask, layers: int, m
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "mask").glob("*.yaml")), ids=lambda p: p.stem)
 def test_presets_serve_small_and_large_models(path: Path) -> None:
-    mask = instantiate(OmegaConf.load(path))
-    assert isinstance(mask, Mask) and hash(mask) == hash(instantiate(OmegaConf.load(path)))
+    with initialize_config_module("longspan.conf", version_base="1.3"):
+        node = compose("train", overrides=[f"mask={path.stem}"]).mask
+    mask = instantiate(node)
+    assert isinstance(mask, Mask) and hash(mask) == hash(instantiate(node))
     for kv_heads, layers in ((2, 2), (8, 16), (8, 32)):
         assert len(layered(mask, layers, kv_heads)) == layers
 

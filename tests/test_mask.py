@@ -2,11 +2,13 @@
 
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
+from longspan.kernels.fields import UNLIMITED
 from longspan.kernels.lower import lower, visible
-from longspan.kernels.mask import UNLIMITED, Bound, Causal, Documents, First, Full, Mask, Window
+from longspan.kernels.mask import Bound, Causal, Documents, First, Full, Mask, Window
 from longspan.kernels.span import Span, Spans, total
 from masks import Phase, matrix, random_mask, random_spans, sees
 
@@ -96,16 +98,34 @@ def test_documents_takes_tensors_and_lists_and_stays_a_value() -> None:
     assert Documents((0, 3)).batch() == 1 and Documents(((0, 3), (0, 9))).batch() == 2
 
 
+def test_integers_of_numpy_and_torch_are_integers() -> None:
+    for made, plain in (
+        (Window(np.int64(3), torch.tensor(2)), Window(3, 2)),  # type: ignore[arg-type]
+        (First(np.int32(3)), First(3)),  # type: ignore[arg-type]
+        (Documents(np.array([[0, 3], [0, 9]])), Documents(((0, 3), (0, 9)))),  # type: ignore[arg-type]
+        (Documents([np.int64(0), np.int64(4)]), Documents((0, 4))),  # type: ignore[arg-type]
+        (Causal().heads(np.array([1]), np.int64(2)), Causal().heads([1], 2)),  # type: ignore[arg-type]
+    ):
+        assert made == plain and hash(made) == hash(plain) and repr(made) == repr(plain)
+
+
 def test_equal_masks_are_lowered_once() -> None:
     first = lower(Documents((0, 4), Window(3)), WHOLE, WHOLE, 2, CPU)
     assert lower(Documents([0, 4], Window(3)), (Span(0, 24),), WHOLE, 2, CPU) is first  # type: ignore[arg-type]
 
 
 BAD = [
-    (lambda: Window(-1), "Window.left is -1; it must be None or from 0"),
-    (lambda: Window(1, -2), "Window.right is -2; it must be None or from 0"),
+    (lambda: Window(-1), "Window.left is -1; it must be None or an integer from 0 to"),
+    (lambda: Window(1, -2), "Window.right is -2; it must be None or an integer from 0 to"),
+    (lambda: Window(2.5), "Window.left is 2.5; it must be None or an integer"),  # type: ignore[arg-type]
+    (lambda: First(2.5), f"First.n is 2.5; it must be an integer from 0 to {UNLIMITED}"),  # type: ignore[arg-type]
+    (lambda: Documents((0, 2.0)), r"got \(0, 2.0\) \(integers up to"),  # type: ignore[arg-type]
+    (lambda: Documents(np.array([[0, 1], [0, 2.5]])), r"got \(0.0, 1.0\)"),  # type: ignore[arg-type]
+    (lambda: Documents(torch.tensor([0.0, 3.0])), r"got \(0.0, 3.0\)"),  # type: ignore[arg-type]
+    (lambda: Documents((0, UNLIMITED + 1)), rf"got \(0, {UNLIMITED + 1}\) \(integers up to {UNLIMITED}\)"),
+    (lambda: Causal().heads([0.5], 2), r"kv indices \[0.5\] are not heads of 2, 0 to 1"),  # type: ignore[list-item]
     (lambda: Window(UNLIMITED), f"Window.left is {UNLIMITED}"),
-    (lambda: First(-3), "First.n is -3; it must be at least 0"),
+    (lambda: First(-3), "First.n is -3; it must be an integer from 0"),
     (lambda: Documents(()), r"Documents.offsets must be sorted starts from 0, got \(\)"),
     (lambda: Documents((1, 4)), r"sorted starts from 0, got \(1, 4\)"),
     (lambda: Documents((0, 4, 3)), r"sorted starts from 0, got \(0, 4, 3\)"),

@@ -3,6 +3,7 @@
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,9 @@ BAD = [
     (dict(start=0, length=4, run=0, step=2), "needs 1 <= run <= step"),
     (dict(start=0, length=4, run=3, step=2), "needs 1 <= run <= step"),
     (dict(start=0.5, length=4), "positions are integers"),
+    (dict(start=0, length=4.0), "positions are integers"),
+    (dict(start=2**30 - 3, length=4), f"ends at position {2**30}; positions must be below {2**30}"),
+    (dict(start=0, length=3, run=1, step=2**29), f"positions must be below {2**30}"),
 ]
 
 
@@ -66,6 +70,11 @@ def test_bounds_are_least_and_greatest_of_each_tile(seed: int, tile: int) -> Non
     low, high = bounds(spans, tile)
     assert low.tolist() == [min(x) for x in pieces]
     assert high.tolist() == [max(x) for x in pieces]
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    span = Span(np.int64(2), np.int32(4), torch.tensor(1), np.int64(3))  # type: ignore[arg-type]
+    assert span == Span(2, 4, 1, 3) and repr(span) == repr(Span(2, 4, 1, 3)) and Span(2**30 - 1, 1).last
 
 
 def test_no_token_has_no_bounds() -> None:

@@ -11,10 +11,12 @@ from longspan.kernels.cells import held
 from longspan.kernels.heads import PerHead
 from longspan.kernels.lower import lower
 from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Range, Window
-from longspan.kernels.patterns import Strided
+from longspan.kernels.neighborhood import Neighborhood
+from longspan.kernels.patterns import Anchored, Shifted, Strided
 from longspan.kernels.span import Span, Spans, bounds, total
 from longspan.kernels.tile import Tiles, area, chosen, classify, listed, needed, pairs, tiles
 from masks import Phase, matrix, random_mask, random_spans
+from patterns import truth as meant
 
 CPU = torch.device("cpu")
 KV_HEADS = 2
@@ -154,6 +156,34 @@ def test_cells_of_any_height_make_the_same_lists(
 
 
 @pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Strided(4, 1, 3) & Causal(),
+        Strided(7, 0, 2),
+        Anchored(8, 9, 50) & Causal(),
+        Shifted(10, (0, 5)),
+        Neighborhood((6, 10), (3, 5), stride=(1, 2)),
+        Neighborhood((60,), 9, dilation=2, causal=True),
+    ],
+    ids=str,
+)
+def test_blocks_of_rows_hold_all_work_and_call_none_full(
+    monkeypatch: pytest.MonkeyPatch, mask: Mask, transpose: bool
+) -> None:
+    """Lists made of several blocks of query tiles, whatever their height, against every pair."""
+    at = (Span(0, 60),)
+    real = meant(mask, at, at, KV_HEADS)
+    for height, size in ((1, (4, 5)), (3, (4, 5)), (2, (7, 4))):
+        monkeypatch.setattr(cells, "HEIGHT", height)
+        lists = tiles.__wrapped__(mask, at, at, KV_HEADS, size=size, transpose=transpose, device=CPU)
+        some, every = (x.mT if transpose else x for x in decoded(lists))
+        really_some, really_every = tiled(real, size)
+        assert not (really_some & ~some).any() and not (every & ~really_every).any()
+        check_order(lists)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
 def test_heads_that_see_the_same_share_their_lists(transpose: bool) -> None:
     at = (Span(0, 61),)
     one, two = Phase(5) & Window(30), Window(3) | First(9)
@@ -188,7 +218,7 @@ def test_lists_of_neighbours_take_no_memory() -> None:
 def test_lists_made_at_run_time() -> None:
     some = torch.tensor([[[[1, 0, 1], [0, 0, 0]], [[1, 1, 1], [0, 1, 0]]]]).bool()
     every = torch.tensor([[[[0, 0, 1], [0, 0, 0]], [[1, 0, 1], [0, 0, 0]]]]).bool()
-    lists = chosen(some, every)
+    lists = chosen(some, every, tokens=9, size=3)
     assert listed(lists) == [
         *((0, 2, True), (0, 0, False)),
         *((2, 0, True), (2, 2, True), (2, 1, False)),
@@ -225,6 +255,9 @@ def test_pairs_counts_a_whole_sequence(length: int) -> None:
         Documents(rows),
         Documents(rows, Causal()),
         Documents(rows[0], Window(3, 3)),
+        # each row has its own inner mask
+        Documents(rows, Documents(((0, 5), (0, 9)), Causal())),
+        Documents(rows[0], Documents(((0, 5), (0, 9)))),
     ):
         whole = (Span(0, length),)
         assert pairs(mask, length, KV_HEADS) == int(truth(mask, whole, whole)[:, 0].sum()), mask

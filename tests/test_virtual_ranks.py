@@ -32,4 +32,6 @@ def test_each_rank_works_on_the_shards_that_it_needs(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(virtual_ranks, "kernels", area)
     given = made(MASKS["causal"], 60, (2, 1, 16), CPU)
     ranks = by_rank(given, MASKS["causal"], contiguous(60, 3), 1)
+    with pytest.raises(TimeoutError, match="no time for more than 0 ranks"):
+        by_rank(given, MASKS["causal"], contiguous(60, 3), 1, deadline=0.0)
     assert ranks == [Times(400.0, 1.0), Times(800.0, 2.0), Times(1200.0, 3.0)]
