@@ -5,7 +5,8 @@ python -m benchmarks.traffic [--quick] [--out benchmarks/results]
 One layer of 32 query and 8 key heads of 128, one sequence, bfloat16. The layouts' own code runs for one rank
 after the other over torch's fake process group; bytes are counted where they arrive, so that they can be
 held against what the same rank needs. Of more than 8 ranks 4 that lie evenly stand for all, of 1024 2:
-under star and a contiguous placement these hold nothing of the tail, whose ranks need every key.
+under star and a contiguous placement these hold nothing of the tail, whose ranks need every key. Where
+Ulysses has more ranks than heads, a rank with a head and one without stand for all, each for its kind.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -91,37 +93,61 @@ def sampled(size: int) -> list[int]:
     return [size * (2 * i + 1) // (2 * count) for i in range(count)]
 
 
+def standing(name: str, size: int) -> dict[int, float]:
+    """The ranks that stand for all under a layout, and for which share of them."""
+    each = size // SHAPE.q_heads
+    if name == "ulysses" and each > 1:
+        # of as many neighbours the last one has a head
+        return {size // 2: 1 - 1 / each, size // 2 + each - 1: 1 / each}
+    return dict.fromkeys(sampled(size), 1 / len(sampled(size)))
+
+
 def rows(size: int, length: int) -> Iterator[Row]:
     """The table of one number of ranks and one length."""
-    found: dict[tuple[str, str], list[tuple[tuple[Moved, Moved], Placement]]] = {}
-    for rank in sampled(size):
+    found: dict[tuple[str, str], list[tuple[Moved, Moved]]] = {}
+    placements: dict[tuple[str, str], Placement] = {}
+    every = masks(length, size)
+    for rank in sorted({r for name in LAYOUTS for r in standing(name, size)}):
         with being(rank, size):
-            for name in LAYOUTS:
-                if name == "ulysses" and size > SHAPE.q_heads or name.startswith("usp") and size <= NODE:
-                    continue
-                one: Any = layout(name, size)
-                for key, mask in masks(length, size).items():
+            known: dict[tuple[str, str, Placement], tuple[Moved, Moved]] = {}
+            for name in (x for x in LAYOUTS if rank in standing(x, size)):
+                one: Any = layout(name, size, node=min(NODE, size // 2))
+                for key, mask in every.items():
                     if name == "star" and key != "star":
                         continue
-                    moved = passes(one, mask, length, SHAPE, DTYPE)
-                    found.setdefault((key, name), []).append((moved, one.place(length, mask)))
-    for (key, name), each in sorted(found.items(), key=lambda x: list(masks(length, size)).index(x[0][0])):
-        yield _row(name, key, length, [moved for moved, _ in each], each[0][1])
+                    place = one.place(length, mask)
+                    # auto is often contiguous; and what Ulysses alone moves does not depend on the mask
+                    like = name.partition("/")[0], key if name != "ulysses" else "", place
+                    if like not in known:
+                        known[like] = passes(one, mask, length, SHAPE, DTYPE)
+                    found.setdefault((key, name), []).append(known[like])
+                    placements[key, name] = place
+    order = [(key, name) for key in every for name in LAYOUTS]
+    for key, name in sorted(found, key=order.index):
+        each = found[key, name]
+        yield _row(name, key, every[key], placements[key, name], each)
 
 
-def _row(name: str, key: str, length: int, each: list[tuple[Moved, Moved]], placement: Placement) -> Row:
-    size, mask = placement.size, masks(length, placement.size)[key]
-    ranks = sampled(size)
-    least = [
-        needed_bytes(mask, placement, r, kv_heads=SHAPE.kv_heads, head_dim=SHAPE.head_dim, dtype=DTYPE)
-        for r in ranks
-    ]
-    sides = [
-        Side(*(sum(x) / len(ranks) for x in ([m.arrived for m in moved], need, [m.messages for m in moved])))
-        for moved, need in zip(zip(*each, strict=True), zip(*least, strict=True), strict=True)
-    ]
+@lru_cache
+def _needed(mask: Mask, placement: Placement) -> tuple[float, ...]:
+    """The fewest bytes of a forward and of a backward, a rank on average."""
+    kind: Any = {"kv_heads": SHAPE.kv_heads, "head_dim": SHAPE.head_dim, "dtype": DTYPE}
+    ranks = sampled(placement.size)
+    least = [needed_bytes(mask, placement, r, **kind) for r in ranks]
+    return tuple(sum(x) / len(ranks) for x in zip(*least, strict=True))
+
+
+def _row(name: str, key: str, mask: Mask, placement: Placement, each: list[tuple[Moved, Moved]]) -> Row:
+    sides, shares = [], standing(name, placement.size).values()
+    for moved, need in zip(zip(*each, strict=True), _needed(mask, placement), strict=True):
+        arrived, messages = (
+            sum(getattr(m, x) * share for m, share in zip(moved, shares, strict=True))
+            for x in ("arrived", "messages")
+        )
+        sides.append(Side(arrived, need, messages))
     most, held = (max(getattr(x[0], what) for x in each) for what in ("arrived", "held"))
-    return Row(name, key, size, length, len(ranks), sides[0], sides[1], most, held)
+    forward, backward = sides
+    return Row(name, key, placement.size, placement.length, len(each), forward, backward, most, held)
 
 
 def line(row: Row) -> str:

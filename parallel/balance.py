@@ -6,6 +6,7 @@ from heapq import heappop, heappush
 import torch
 from torch import Tensor
 
+from ..kernels.concrete import concrete
 from ..kernels.count import keys_per_query
 from ..kernels.heads import Heads, PerHead
 from ..kernels.layers import PerLayer
@@ -51,6 +52,7 @@ def _wanted(mask: Mask | None) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=8)
+@concrete
 def work_of_queries(mask: Mask, length: int, kv_heads: int, most: int) -> Tensor:
     """Visible keys of each of `length` queries, summed over the mask's batch rows and over the kv heads if it
     tells them apart: int64 [length], not to be written to. Exact up to `most` pairs in partial tiles.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 
+from ..kernels.concrete import concrete
 from ..kernels.neighborhood import brick_order
 from ..kernels.span import Span, Spans, compress, cut, positions, total
 from .placement import Placement
@@ -23,6 +24,7 @@ def bricked(
 
 
 @lru_cache(maxsize=64)
+@concrete
 def _bricked(
     placement: Placement, grid: tuple[int, ...], brick: tuple[int, ...], dilation: int | tuple[int, ...]
 ) -> Placement:

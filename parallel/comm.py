@@ -119,23 +119,30 @@ def trade(
     Splits may be uneven or empty. What a rank keeps for itself is not counted as sent. RuntimeError after the
     timeout of the group.
     """
-    rank, like = dist.get_rank(group), outgoing[0][0]
     counts = [sum(x.numel() for x in part) for part in outgoing]
     flat = torch.cat([x.reshape(-1) for part in outgoing for x in part])
     sizes = [[prod(shape) for shape in part] for part in shapes]
-    received = like.new_empty(sum(map(sum, sizes)))
-    indirect = staged(group, like)
-    into = _on_host(received) if indirect else received
-    dist.all_to_all_single(
-        into, _on_host(flat).copy_(flat) if indirect else flat, [sum(s) for s in sizes], counts, group=group
-    )
+    received = exchange(group, flat, counts, [sum(s) for s in sizes], traffic)
+    pieces = iter(received.split([n for part in sizes for n in part]))
+    return [[next(pieces).view(shape) for shape in part] for part in shapes]
+
+
+def exchange(
+    group: dist.ProcessGroup, flat: Tensor, counts: Sequence[int], sizes: Sequence[int], traffic: Traffic
+) -> Tensor:
+    """`trade` without the cutting: contiguous `flat` holds counts[r] numbers for rank r after rank, and so
+    does the result, sizes[r] from rank r.
+    """
+    rank, received = dist.get_rank(group), flat.new_empty(sum(sizes))
+    indirect = staged(group, flat)
+    into, given = (_on_host(received), _on_host(flat).copy_(flat)) if indirect else (received, flat)
+    dist.all_to_all_single(into, given, list(sizes), list(counts), group=group)
     if indirect:
         received.copy_(into)
     for peer, count in enumerate(counts):
         if peer != rank and count:
-            traffic.add(peer, count * like.element_size())
-    pieces = iter(received.split([n for part in sizes for n in part]))
-    return [[next(pieces).view(shape) for shape in part] for part in shapes]
+            traffic.add(peer, count * flat.element_size())
+    return received
 
 
 def _on_host(x: Tensor) -> Tensor:

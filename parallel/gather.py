@@ -9,9 +9,10 @@ from ..kernels.attention import backward, forward, partial_dtype
 from ..kernels.mask import Mask
 from ..kernels.options import AttentionOptions
 from ..kernels.span import Spans
-from .comm import Edge, Traffic, post
+from .comm import Traffic, post
 from .halves import Joined, Saved, Triple
 from .mesh import axis_group
+from .pairs import as_pair, tokens_first
 from .placement import Placement, named
 from .ring import Route, route
 
@@ -43,10 +44,10 @@ class Gather(Joined):
         way = route(mask, placement, k.shape[2])
         outs, lses = [], []
         for kv_heads, q_heads in self._groups(q, k):
-            kv, at = self._collect(torch.stack((k[:, :, kv_heads], v[:, :, kv_heads])), placement, way)
+            kv, at = self._collect(k[:, :, kv_heads], v[:, :, kv_heads], placement, way)
             bound = mask.heads(range(kv_heads.start, kv_heads.stop), k.shape[2])
             mine = placement.spans_by_rank[self.rank]
-            out, lse = forward(q[:, :, q_heads], kv[0], kv[1], bound, mine, at, options=options)
+            out, lse = forward(q[:, :, q_heads], *as_pair(kv), bound, mine, at, options=options)
             outs.append(out)
             lses.append(lse)
             # else it would be alive while the next group's keys come
@@ -68,17 +69,16 @@ class Gather(Joined):
         way, mine = route(mask, placement, k.shape[2]), placement.spans_by_rank[self.rank]
         dtype = partial_dtype(q)
         dq = torch.empty(q.shape, dtype=dtype, device=q.device)
-        dkv = torch.empty((2, *k.shape), dtype=dtype, device=q.device)
+        dkv = torch.empty((k.shape[1], 2, k.shape[0], *k.shape[2:]), dtype=dtype, device=q.device)
         for kv_heads, q_heads in self._groups(q, k):
-            kv, at = self._collect(torch.stack((k[:, :, kv_heads], v[:, :, kv_heads])), placement, way)
+            kv, at = self._collect(k[:, :, kv_heads], v[:, :, kv_heads], placement, way)
             bound = mask.heads(range(kv_heads.start, kv_heads.stop), k.shape[2])
             rows = [None if x is None else x[:, q_heads] for x in (delta, lse)]
             part = backward(
                 dout[:, :, q_heads],
                 rows[0],
                 q[:, :, q_heads],
-                kv[0],
-                kv[1],
+                *as_pair(kv),
                 rows[1],
                 bound,
                 mine,
@@ -86,11 +86,12 @@ class Gather(Joined):
                 options=options,
             )
             dq[:, :, q_heads] = part[0]
-            # else they would be alive while the next group's keys come
-            del kv
-            dkv[:, :, :, kv_heads] = self._give_back(torch.stack(part[1:]), placement, way)
-            del part
-        return dq, dkv[0], dkv[1]
+            grad = tokens_first(part[1], part[2])
+            # else they would be alive while gradients travel and the next group's keys come
+            del kv, part
+            dkv[:, :, :, kv_heads] = self._give_back(grad, placement, way)
+            del grad
+        return dq, *as_pair(dkv)
 
     def _groups(self, q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
         """(kv heads, their query heads), a group at a time."""
@@ -101,34 +102,28 @@ class Gather(Joined):
             (slice(i, min(i + step, heads)), slice(i * each, min(i + step, heads) * each)) for i in starts
         ]
 
-    def _collect(self, kv: Tensor, placement: Placement, way: Route) -> tuple[Tensor, Spans]:
-        """Own keys and values and those of every rank that this one needs, in rank order, and where they
-        sit.
+    def _collect(self, k: Tensor, v: Tensor, placement: Placement, way: Route) -> tuple[Tensor, Spans]:
+        """Own keys and values and those of every rank that this one needs, in rank order, [T, 2, B, Hkv, D],
+        and where they sit: each arrives where it stays.
         """
-        parts: list[Tensor] = []
-        receives: list[Edge] = []
-        at: Spans = ()
-        for peer in self._sources(way):
-            own = peer == self.rank
-            part = kv if own else kv.new_empty((*kv.shape[:2], placement.tokens(peer), *kv.shape[3:]))
-            parts.append(part)
-            at += placement.spans_by_rank[peer]
-            if not own:
-                receives.append((part, peer))
-        sends = [(kv, peer) for peer in self._users(way)]
-        post(self.group, sends, receives, self.traffic).wait()
-        return (torch.cat(parts, 2) if parts else kv[:, :, :0]), at
+        own, sources = tokens_first(k, v), self._sources(way)
+        whole = own.new_empty((sum(placement.tokens(s) for s in sources), *own.shape[1:]))
+        parts = dict(zip(sources, whole.split([placement.tokens(s) for s in sources]), strict=True))
+        receives = [(part, peer) for peer, part in parts.items() if peer != self.rank]
+        post(self.group, [(own, peer) for peer in self._users(way)], receives, self.traffic).wait()
+        if self.rank in parts:
+            parts[self.rank].copy_(own)
+        return whole, tuple(span for s in sources for span in placement.spans_by_rank[s])
 
     def _give_back(self, grad: Tensor, placement: Placement, way: Route) -> Tensor:
-        """Sends each part of the gradient home; this rank's own, summed over its users."""
+        """Sends each part of the gradient home, [T, 2, B, Hkv, D]; this rank's own, summed over its users."""
         sources = self._sources(way)
-        parts = dict(zip(sources, grad.split([placement.tokens(s) for s in sources], 2), strict=True))
-        own = parts.get(self.rank)
-        shape = (*grad.shape[:2], placement.tokens(self.rank), *grad.shape[3:])
+        parts = dict(zip(sources, grad.split([placement.tokens(s) for s in sources]), strict=True))
+        shape = (placement.tokens(self.rank), *grad.shape[1:])
         arrivals = [(grad.new_empty(shape), peer) for peer in self._users(way)]
-        sends = [(part.contiguous(), peer) for peer, part in parts.items() if peer != self.rank]
+        sends = [(part, peer) for peer, part in parts.items() if peer != self.rank]
         post(self.group, sends, arrivals, self.traffic).wait()
-        total = torch.zeros(shape, dtype=grad.dtype, device=grad.device) if own is None else own.clone()
+        total = parts[self.rank] if self.rank in parts else grad.new_zeros(shape)
         for part, _ in arrivals:
             total += part
         return total

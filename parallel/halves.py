@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ..kernels.attention import check, partial_dtype, row_delta
+from ..kernels.attention import check, row_delta
 from ..kernels.mask import Mask
 from ..kernels.options import AttentionOptions
 from .joint import Joining, Joint, Team, check_joint, weighted
@@ -26,6 +27,12 @@ class Halves(Protocol):
     Autograd over the steps of a layout would keep every rank's keys alive; `saved` is all that a half keeps.
     """
 
+    def refuse(self, mask: Mask, placement: Placement, kv_heads: int) -> None:
+        """Unsupported for what the layout cannot serve, from values that all ranks share, and before anything
+        is sent. Who calls the halves calls it before.
+        """
+        ...
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, options: AttentionOptions
     ) -> tuple[Tensor, Tensor | None, Saved]:
@@ -38,6 +45,12 @@ class Halves(Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, options: AttentionOptions
     ) -> tuple[Tensor, Tensor | None, Saved]:
         """`forward` for rows into which more will be merged: out in the partial dtype always."""
+        ...
+
+    def again(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, mask: Mask, placement: Placement
+    ) -> Saved:
+        """What `forward` kept of these, from the lse that it gave: for who did not keep it meanwhile."""
         ...
 
     def backward(
@@ -68,10 +81,11 @@ class _Joined(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         out, lse, *saved = ctx.saved_tensors
         halves, mask, placement, options, dtype = ctx.rest
-        delta = row_delta(dout, out.to(partial_dtype(out)), lse, dlse)
+        delta = row_delta(dout, out, lse, dlse)
         dq, dk, dv = halves.backward(dout, delta, tuple(saved), mask, placement, options)
         # the one cast: everything that was summed or travelled was float32
         return dq.to(out.dtype), dk.to(dtype), dv.to(dtype), None, None, None, None
@@ -93,12 +107,13 @@ class _Beside(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         out, lse, own, q, k, v, *rest = ctx.saved_tensors
         halves, mask, placement, joining = ctx.rest
         joint, saved, n = Joint(*rest[:3]), tuple(rest[3:]), rest[0].shape[1]
         dout, dlse = joining.upstream(dout, dlse, n)
-        delta = row_delta(dout, out.to(dout.dtype), lse, dlse)
+        delta = row_delta(dout, out, lse, dlse)
         local, shares = joining.backward(dout, delta, (q, k, v), joint, lse)
         mine = dout[:, n:], None if delta is None else delta[:, :, n:]
         if own is not None:
@@ -113,6 +128,9 @@ class Joined:
 
     rank: int
 
+    def refuse(self, mask: Mask, placement: Placement, kv_heads: int) -> None:
+        """See `Halves.refuse`; for a layout that serves everything."""
+
     def partial(
         self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement,
         options: AttentionOptions,
@@ -121,12 +139,19 @@ class Joined:
         found: tuple[Tensor, Tensor | None, Saved] = self.forward(q, k, v, mask, placement, options)
         return found
 
+    def again(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, mask: Mask, placement: Placement
+    ) -> Saved:
+        """See `Halves.again`; for a layout that keeps its inputs and the lse."""
+        return q, k, v, lse
+
     def attention(
         self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, *,
         options: AttentionOptions = DEFAULT, joint: Joint | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """See `Layout.attention`."""
         refuse_misfits(self.size, q, k, mask, placement)
+        self.refuse(mask, placement, k.shape[2])
         at = placement.spans_by_rank[self.rank]
         check(q, k, v, at, at)
         result: tuple[Tensor, Tensor | None]

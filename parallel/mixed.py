@@ -108,6 +108,11 @@ class HeadGroups(_Mixture, Joined):
         self.kv_heads, self.first, self.others = kv_heads, first(mesh), rest(mesh)
         super().__init__((self.first, self.others))
 
+    def refuse(self, mask: Mask, placement: Placement, kv_heads: int) -> None:
+        """See `Halves.refuse`: what either group's layout does not take, or one without a kv head."""
+        for layout, kv in self._kv(kv_heads):
+            layout.refuse(mask.heads(kv, kv_heads), placement, len(kv))
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, options: AttentionOptions
     ) -> tuple[Tensor, Tensor | None, Saved]:
@@ -119,6 +124,15 @@ class HeadGroups(_Mixture, Joined):
     ) -> tuple[Tensor, Tensor | None, Saved]:
         groups = list(self._groups(q.shape[2], k.shape[2], mask))
         return _together(k, [g.layout.partial(*g.of(q, k, v), g.mask, placement, options) for g in groups])
+
+    def again(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, mask: Mask, placement: Placement
+    ) -> Saved:
+        first, rest = (
+            g.layout.again(*g.of(q, k, v), None if lse is None else lse[:, g.q], g.mask, placement)
+            for g in self._groups(q.shape[2], k.shape[2], mask)
+        )
+        return _marked(k, first, rest)
 
     def backward(
         self, dout: Tensor, delta: Tensor | None, saved: Saved, mask: Mask, placement: Placement,
@@ -134,14 +148,18 @@ class HeadGroups(_Mixture, Joined):
         dq, dk, dv = (torch.cat(parts, 2) for parts in zip(*grads, strict=True))
         return dq, dk, dv
 
-    def _groups(self, q_heads: int, kv_heads: int, mask: Mask) -> Iterator[_Group]:
+    def _kv(self, kv_heads: int) -> tuple[tuple[InnerLayout, range], tuple[InnerLayout, range]]:
+        """Each layout and its kv heads."""
         if self.kv_heads >= kv_heads:
             raise ValueError(
                 f"parallel.layout.kv_heads is {self.kv_heads}, but there are {kv_heads} kv heads; "
                 f"it must be from 1 to {kv_heads - 1}, so that both layouts have some"
             )
-        each, n = q_heads // kv_heads, self.kv_heads
-        for layout, kv in ((self.first, range(n)), (self.others, range(n, kv_heads))):
+        return (self.first, range(self.kv_heads)), (self.others, range(self.kv_heads, kv_heads))
+
+    def _groups(self, q_heads: int, kv_heads: int, mask: Mask) -> Iterator[_Group]:
+        each = q_heads // kv_heads
+        for layout, kv in self._kv(kv_heads):
             q = slice(kv.start * each, kv.stop * each)
             yield _Group(layout, slice(kv.start, kv.stop), q, mask.heads(kv, kv_heads))
 
@@ -149,9 +167,14 @@ class HeadGroups(_Mixture, Joined):
 def _together(
     k: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Saved]]
 ) -> tuple[Tensor, Tensor | None, Saved]:
-    """The heads of both groups. The shape of the first tensor that is saved says how many the first group
-    saved, and how many kv heads there are.
-    """
+    """The heads of both groups."""
     outs, lses, saved = zip(*parts, strict=True)
     lse = None if lses[0] is None else torch.cat(lses, 1)
-    return torch.cat(outs, 2), lse, (k.new_empty(len(saved[0]), k.shape[2], 0), *saved[0], *saved[1])
+    return torch.cat(outs, 2), lse, _marked(k, *saved)
+
+
+def _marked(k: Tensor, first: Saved, rest: Saved) -> Saved:
+    """What both groups keep, after a tensor whose shape says how many the first one keeps, and how many kv
+    heads there are.
+    """
+    return k.new_empty(len(first), k.shape[2], 0), *first, *rest

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.cells import Grid, strips
+from ..kernels.concrete import concrete
 from ..kernels.count import keys_seen
 from ..kernels.mask import Mask, Range
 from ..kernels.span import Spans, positions
@@ -31,6 +32,7 @@ class Tiled(NamedTuple):
     owners: int
 
 
+@concrete
 def foreign_keys(mask: Mask, placement: Placement, rank: int, kv_heads: int, *, batch: int = 1) -> int:
     """(batch row, kv head, key) triples of other ranks' tokens that some query of `rank` sees, to the token.
 
@@ -53,6 +55,7 @@ def needed_bytes(
     return Bytes(numbers * dtype.itemsize, numbers * (dtype.itemsize + torch.float32.itemsize))
 
 
+@concrete
 def meets(
     mask: Mask, queries: Sequence[Spans], keys: Sequence[Spans], kv_heads: int, *, tile: int = 128
 ) -> Tensor:
@@ -71,6 +74,7 @@ def meets(
     return found
 
 
+@concrete
 def blocks_met(mask: Mask, q: Tiled, k: Tiled, kv_heads: int) -> Tensor:
     """Which tiles of keys some query of each owner may see, false only if surely none does: bool [owners of
     queries, 1 or kv heads, key tiles].

@@ -1,12 +1,13 @@
 """Who holds what: for one batch, the spans of global positions on each rank of a layout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 
+from ..kernels.concrete import concrete
 from ..kernels.count import MOST
 from ..kernels.mask import Mask
 from ..kernels.span import Span, Spans, positions, total
@@ -16,7 +17,7 @@ from .balance import ESTIMATE, heads_of, shares, work_of_queries
 @dataclass(frozen=True)
 class Placement:
     """`spans_by_rank[r]` says which of the `length` positions rank r holds, in the order it holds them; none
-    is fine.
+    is fine. ValueError unless each position is held once.
     """
 
     length: int
@@ -26,6 +27,12 @@ class Placement:
         held = sum(map(total, self.spans_by_rank))
         if held != self.length:
             raise ValueError(f"the ranks hold {held} tokens, but the sequence has {self.length}")
+        missing = _missing(self.length, self.spans_by_rank)
+        if missing is not None:
+            raise ValueError(
+                f"the ranks hold {held} tokens, as many as the sequence has, but none holds position "
+                f"{missing}, so that another is held twice or lies beyond the end"
+            )
 
     @property
     def size(self) -> int:
@@ -80,6 +87,7 @@ def striped(length: int, size: int) -> Placement:
 
 
 @lru_cache(maxsize=64)
+@concrete
 def balanced(
     length: int, size: int, mask: Mask, *, kv_heads: int | None = None, chunk: int = 128
 ) -> Placement:
@@ -101,6 +109,7 @@ def balanced(
 
 
 @lru_cache(maxsize=64)
+@concrete
 def auto(length: int, size: int, mask: Mask) -> Placement:
     """The first of contiguous, zigzag, balanced and striped whose max / mean work is within 1% of the best
     one's. Cached by value.
@@ -125,6 +134,23 @@ def named(name: str) -> Place:
     if name not in known:
         raise ValueError(f"parallel.layout.placement is {name!r}; it can be {', '.join(known)}")
     return known[name]
+
+
+@concrete
+def _missing(length: int, spans_by_rank: Sequence[Spans]) -> int | None:
+    """The first of `length` positions that no rank holds, if there is one."""
+    spans = [s for s in chain.from_iterable(spans_by_rank) if s.length]
+    if all(s.contiguous for s in spans):
+        # without a look at each position, of which there may be millions
+        reach = 0
+        for s in sorted(spans, key=lambda s: s.start):
+            if s.start > reach:
+                break
+            reach = max(reach, s.start + s.length)
+        return reach if reach < length else None
+    free, at = torch.ones(length, dtype=torch.bool), positions(spans)
+    free[at[at < length]] = False
+    return int(free.nonzero()[0]) if free.any() else None
 
 
 def _contiguous(length: int, size: int, mask: Mask) -> Placement:

@@ -4,6 +4,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
+from ..kernels.concrete import concrete
 from ..kernels.mask import Mask
 from ..kernels.span import Span
 from ..kernels.tile import needed
@@ -26,6 +27,7 @@ def refuse_misfits(size: int, q: Tensor, k: Tensor, mask: Mask, placement: Place
 
 
 @lru_cache(maxsize=256)
+@concrete
 def _ask(mask: Mask, length: int, kv_heads: int) -> None:
     """Lets the mask refuse a number of heads or a position. Cached by value."""
     if length:

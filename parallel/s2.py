@@ -5,6 +5,7 @@ documents and neighbourhoods profit alike, since nothing here knows what the mas
 exchange.
 """
 
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,13 +15,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..kernels.attention import backward, forward, partial_dtype
+from ..kernels.concrete import concrete
 from ..kernels.mask import Mask
 from ..kernels.options import AttentionOptions
 from ..kernels.span import Spans, compress, positions
-from .comm import Traffic, trade
+from .comm import Traffic, exchange
 from .halves import Joined, Saved, Triple
 from .mesh import axis_group
 from .needs import blocks_met, tiled
+from .pairs import as_pair, tokens_first
 from .placement import Placement, named
 
 ROWS = 128  # queries whose bounds are classified together
@@ -31,13 +34,13 @@ class Needs(NamedTuple):
 
     heads: tuple[range, ...]  # kv heads of each group
     wants: tuple[tuple[int, ...], ...]  # [group][rank]: how many of that rank's tokens
-    gives: tuple[tuple[int, ...], ...]  # [group][rank]: how many of this rank's tokens; 0 to itself
+    gives: tuple[tuple[int, ...], ...]  # [group][rank]: how many of this rank's tokens
     given: tuple[Tensor, ...]  # [group]: which these are, for rank after rank, int64
-    kept: tuple[Tensor, ...]  # [group]: which of its own tokens the rank needs, int64
     at: tuple[Spans, ...]  # where each group's keys sit, in the order in which they come
 
 
 @lru_cache(maxsize=64)
+@concrete
 def needs(
     mask: Mask, placement: Placement, kv_heads: int, rank: int, block: int, device: torch.device
 ) -> Needs:
@@ -49,8 +52,6 @@ def needs(
     wanted = [_tokens(x, block, n) for x, n in zip(met.split(blocks, 1), tokens, strict=True)]
     met = blocks_met(mask, tiled(spans, ROWS), tiled((spans[rank],), block), kv_heads)
     given = _tokens(met, block, tokens[rank]).transpose(0, 1)  # [heads, ranks, tokens]
-    kept = given[:, rank].clone()
-    given[:, rank] = False
     heads = tuple(range(h, h + 1) for h in range(kv_heads)) if len(given) > 1 else (range(kv_heads),)
     whole = torch.cat([positions(s) for s in spans])
     return Needs(
@@ -58,7 +59,6 @@ def needs(
         wants=tuple(tuple(int(w[g].sum()) for w in wanted) for g in range(len(given))),
         gives=tuple(tuple(one.sum(1).tolist()) for one in given),
         given=tuple(one.nonzero()[:, 1].to(device) for one in given),
-        kept=tuple(one.nonzero()[:, 0].to(device) for one in kept),
         at=tuple(compress(whole[torch.cat([w[g] for w in wanted])]) for g in range(len(given))),
     )
 
@@ -95,7 +95,7 @@ class HeadSharded(Joined):
         for heads, kv, at in zip(plan.heads, self._fetch(k, v, plan), plan.at, strict=True):
             rows = slice(heads.start * each, heads.stop * each)
             bound = mask.heads(heads, k.shape[2])
-            out, lse = forward(q[:, :, rows], kv[0], kv[1], bound, mine, at, options=options)
+            out, lse = forward(q[:, :, rows], *as_pair(kv), bound, mine, at, options=options)
             outs.append(out)
             lses.append(lse)
         whole = None if lses[0] is None else torch.cat([x for x in lses if x is not None], 1)
@@ -123,8 +123,7 @@ class HeadSharded(Joined):
                 dout[:, :, rows],
                 row[0],
                 q[:, :, rows],
-                kv[0],
-                kv[1],
+                *as_pair(kv),
                 row[1],
                 bound,
                 mine,
@@ -132,60 +131,61 @@ class HeadSharded(Joined):
                 options=options,
             )
             dq[:, :, rows] = part[0]
-            grads.append(torch.stack(part[1:]))
-        dkv = torch.zeros((2, *k.shape), dtype=dtype, device=q.device)
+            grads.append(tokens_first(part[1], part[2]))
+            # else they would be alive while gradients travel
+            del kv, part
+        dkv = torch.zeros((k.shape[1], 2, k.shape[0], *k.shape[2:]), dtype=dtype, device=q.device)
         self._give_back(grads, dkv, plan)
-        return dq, dkv[0], dkv[1]
+        return dq, *as_pair(dkv)
 
-    def _fetch(self, k: Tensor, v: Tensor, plan: Needs) -> list[Tensor]:
-        """Keys and values of each group, [2, B, needed, group's heads, D], in one all-to-all."""
-        shapes = [
-            [
-                (2, k.shape[0], 0 if peer == self.rank else wants[peer], len(heads), k.shape[3])
-                for heads, wants in zip(plan.heads, plan.wants, strict=True)
-            ]
-            for peer in range(self.size)
+    def _fetch(self, k: Tensor, v: Tensor, plan: Needs) -> Iterator[Tensor]:
+        """The keys and values of each group as they sit at plan.at: [tokens, 2, B, heads, D]."""
+        kv = tokens_first(k, v)
+        offered = [
+            kv[:, :, :, heads.start : heads.stop].index_select(0, given)
+            for heads, given in zip(plan.heads, plan.given, strict=True)
         ]
-        # what is offered lives no longer than the trade
-        got = trade(self.group, self._offered(k, v, plan), shapes, self.traffic)
-        got[self.rank] = [_pick(k, v, heads, i) for heads, i in zip(plan.heads, plan.kept, strict=True)]
-        return [torch.cat(parts, 2) for parts in zip(*got, strict=True)]
-
-    def _offered(self, k: Tensor, v: Tensor, plan: Needs) -> list[list[Tensor]]:
-        """What goes to each rank, group by group."""
-        groups = [
-            _pick(k, v, heads, given).split(gives, 2)
-            for heads, gives, given in zip(plan.heads, plan.gives, plan.given, strict=True)
-        ]
-        return [list(parts) for parts in zip(*groups, strict=True)]
+        del kv
+        return self._by_group(offered, plan.gives, plan.wants)
 
     def _give_back(self, grads: list[Tensor], dkv: Tensor, plan: Needs) -> None:
-        """Adds to dkv [2, B, N, Hkv, D] the gradients of the keys held here from every rank that saw
-        them, in rank order.
+        """Adds to dkv [N, 2, B, Hkv, D] the gradients of the keys held here from every rank that saw them,
+        in rank order.
         """
-        parts = [grad.split(wants, 2) for grad, wants in zip(grads, plan.wants, strict=True)]
-        own = [part[self.rank] for part in parts]
-        pieces = [
-            [part[peer][:, :, :0] if peer == self.rank else part[peer] for part in parts]
-            for peer in range(self.size)
-        ]
-        shapes = [
+        for heads, given, gives, found in zip(
+            plan.heads, plan.given, plan.gives, self._by_group(grads, plan.wants, plan.gives), strict=True
+        ):
+            mine = dkv[:, :, :, heads.start : heads.stop]
+            for index, part in zip(given.split(gives), found.split(gives), strict=True):
+                mine.index_add_(0, index, part)
+
+    def _by_group(
+        self, groups: list[Tensor], sends: Sequence[Sequence[int]], comes: Sequence[Sequence[int]]
+    ) -> Iterator[Tensor]:
+        """One all-to-all of the tokens of all groups, [tokens, 2, B, heads, D] from rank after rank, of which
+        sends[group][rank] go out and comes[group][rank] arrive. A single group stays where it arrives, of
+        several only one at a time is put together.
+        """
+        shapes = [x.shape[1:] for x in groups]
+        out, back = (
             [
-                (*grad.shape[:2], gives[peer], *grad.shape[3:])
-                for grad, gives in zip(grads, plan.gives, strict=True)
+                [n * shape.numel() for n, shape in zip(each, shapes, strict=True)]
+                for each in zip(*counts, strict=True)
             ]
-            for peer in range(self.size)
-        ]
-        at = [list(given.split(gives)) for given, gives in zip(plan.given, plan.gives, strict=True)]
-        for peer, found in enumerate(trade(self.group, pieces, shapes, self.traffic)):
-            for group, heads in enumerate(plan.heads):
-                here = peer == self.rank
-                index = plan.kept[group] if here else at[group][peer]
-                mine = dkv[:, :, :, heads.start : heads.stop]
-                mine.index_add_(2, index, own[group] if here else found[group])
-
-
-def _pick(k: Tensor, v: Tensor, heads: range, tokens: Tensor) -> Tensor:
-    """Keys and values of some heads and tokens: [2, B, tokens, heads, D]."""
-    both = torch.stack((k[:, :, heads.start : heads.stop], v[:, :, heads.start : heads.stop]))
-    return both.index_select(2, tokens)
+            for counts in (sends, comes)
+        )
+        flat = groups[0].reshape(-1)
+        if len(groups) > 1:
+            parts = [x.split(tuple(n)) for x, n in zip(groups, sends, strict=True)]
+            flat = torch.cat([x.reshape(-1) for each in zip(*parts, strict=True) for x in each])
+            del parts
+        # what goes out lives no longer than the exchange
+        groups.clear()
+        came = exchange(self.group, flat, [*map(sum, out)], [*map(sum, back)], self.traffic)
+        del flat
+        if len(shapes) == 1:
+            yield came.view(-1, *shapes[0])
+            return
+        pieces = came.split([n for each in back for n in each])
+        for group, shape in enumerate(shapes):
+            yield torch.cat(pieces[group :: len(shapes)]).view(-1, *shape)

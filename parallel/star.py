@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..kernels.attention import backward, combine, forward, nothing, partial_dtype
+from ..kernels.concrete import concrete
 from ..kernels.heads import PerHead
 from ..kernels.mask import And, Bound, Documents, Mask, Or, Unsupported
 from ..kernels.options import AttentionOptions
@@ -39,6 +40,7 @@ class Parts(NamedTuple):
 
 
 @lru_cache(maxsize=64)
+@concrete
 def parts(mask: Mask, placement: Placement, kv_heads: int) -> tuple[Parts, ...]:
     """The share of each rank. Unsupported if a context query may see a key that is neither here nor in
     the anchor.
@@ -118,6 +120,10 @@ class Star(Joined):
         # k, which knows, is not at hand: attention asks again
         parts(mask, placement, heads_of(mask))
         return placement
+
+    def refuse(self, mask: Mask, placement: Placement, kv_heads: int) -> None:
+        """See `Halves.refuse`: masks and placements that `parts` does not take."""
+        parts(mask, placement, kv_heads)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, options: AttentionOptions

@@ -17,7 +17,7 @@ from ..kernels.span import cut, total
 from .comm import Traffic, trade
 from .halves import Halves, Joined, Saved, Triple
 from .layout import Layout
-from .mesh import axis_group
+from .mesh import axis_group, joined
 from .placement import Placement
 from .single import Single
 
@@ -60,7 +60,11 @@ def shares(q_heads: int, kv_heads: int, size: int) -> list[Share]:
 class Ulysses(Joined):
     """Any head counts. `inner` attends over the other axis of the mesh (Ring: USP, Fang et al. 2024).
 
-    chunks: the heads are taken in so many rounds, to bound the memory of what was traded (UPipe).
+    chunks: the kv heads, with their query heads, are taken in so many rounds (as in UPipe), so that no more
+    than 1 / chunks of what is traded is alive at a time, in forward and in backward: only the q, k, v, out
+    and lse of the tokens held here are kept, and backward trades each round's q, k, v and lse once more. A
+    single round has nothing to bound: it keeps what it traded, as much as the tokens held here take, and
+    backward sends that much less.
     """
 
     def __init__(
@@ -86,9 +90,7 @@ class Ulysses(Joined):
         self.inner.traffic = Traffic(
             self.traffic, [r * self.ways + self.here for r in range(self.inner.size)]
         )
-        self.group = (
-            self._heads if self.inner.size == 1 else mesh["ring", axis]._flatten("sequence").get_group()
-        )
+        self.group = self._heads if self.inner.size == 1 else _sequence(mesh, self.inner.group, axis)
 
     def place(self, length: int, mask: Mask) -> Placement:
         """What the inner layout gives to a rank, cut into one part for each rank of the head axis."""
@@ -98,6 +100,10 @@ class Ulysses(Joined):
             n = total(spans)
             parts += [cut(spans, n * i // self.ways, n * (i + 1) // self.ways) for i in range(self.ways)]
         return Placement(length, tuple(parts))
+
+    def refuse(self, mask: Mask, placement: Placement, kv_heads: int) -> None:
+        """See `Halves.refuse`: what the inner layout does not take, of all heads, here or elsewhere."""
+        self.inner.refuse(mask, self._inner(placement), kv_heads)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, options: AttentionOptions
@@ -114,17 +120,25 @@ class Ulysses(Joined):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, options: AttentionOptions,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None, Saved]:  # fmt: skip
-        outs, lses, kept = [], [], []
-        for kv, heads in self._rounds(q.shape[2], k.shape[2]):
-            bound, at = mask.heads(kv, k.shape[2]), slice(kv.start, kv.stop)
-            qkv = q[:, :, heads], k[:, :, at], v[:, :, at]
-            one = self._forward(qkv, bound, placement, options, dtype)
-            outs.append(one[0])
-            lses.append(one[1])
-            kept += one[2]
-        # an empty slice of k tells backward how many heads there are in all
+        rounds, lses = self._rounds(q.shape[2], k.shape[2]), []
+        whole, kept = q.new_empty(q.shape, dtype=dtype), []
+        for kv, heads in rounds:
+            bound, qkv = mask.heads(kv, k.shape[2]), _of_round(q, k, v, kv, heads)
+            whole[:, :, heads], lse, inner = self._forward(qkv, bound, placement, options, dtype)
+            lses.append(lse)
+            if len(rounds) == 1:
+                kept += inner
+            # else it would be alive while the next round's heads come
+            del inner
         lse = None if options.normalizer == "sigmoid" else torch.cat([x for x in lses if x is not None], 1)
-        return torch.cat(outs, 2), lse, (k[:, :0], *kept)
+        return whole, lse, (k[:, :0], *kept) if len(rounds) == 1 else (k, q, v, lse)
+
+    def again(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, mask: Mask, placement: Placement
+    ) -> Saved:
+        if len(self._rounds(q.shape[2], k.shape[2])) > 1:
+            return k, q, v, lse
+        return k[:, :0], *self._again((q, k, v), lse, mask, placement)
 
     def backward(
         self,
@@ -135,36 +149,38 @@ class Ulysses(Joined):
         placement: Placement,
         options: AttentionOptions,
     ) -> Triple:
+        # the first is k, or an empty slice of it: both tell how many heads there are in all
         like, *rest = saved
         assert like is not None
-        kv_heads, grads = like.shape[2], []
+        kv_heads, dtype = like.shape[2], partial_dtype(dout)
         rounds = self._rounds(dout.shape[2], kv_heads)
-        calls = [len(self._calls(heads.stop - heads.start, len(kv))) for kv, heads in rounds]
-        each = len(rest) // max(1, sum(calls))
-        for (kv, heads), count in zip(rounds, calls, strict=True):
-            mine, rest = rest[: each * count], rest[each * count :]
-            rows = None if delta is None else delta[:, heads]
-            bound = mask.heads(kv, kv_heads)
-            grads.append(self._backward((dout[:, :, heads], rows, len(kv)), mine, bound, placement, options))
-        dq, dk, dv = (torch.cat(parts, 2) for parts in zip(*grads, strict=True))
-        return dq, dk, dv
+        dq = torch.empty(dout.shape, dtype=dtype, device=dout.device)
+        shape = (2, *dout.shape[:2], kv_heads, dout.shape[3])
+        dkv = torch.empty(shape, dtype=dtype, device=dout.device)
+        for kv, heads in rounds:
+            bound, kept = mask.heads(kv, kv_heads), rest
+            if len(rounds) > 1:
+                q, v, lse = rest
+                assert q is not None and v is not None
+                part = None if lse is None else lse[:, heads]
+                kept = self._again(_of_round(q, like, v, kv, heads), part, bound, placement)
+            rows = dout[:, :, heads], None if delta is None else delta[:, heads], len(kv)
+            grads = self._backward(rows, kept, bound, placement, options)
+            dq[:, :, heads] = grads[0]
+            dkv[0][:, :, kv.start : kv.stop], dkv[1][:, :, kv.start : kv.stop] = grads[1:]
+            # else they would be alive while the next round's heads come
+            del kept, grads
+        return dq, dkv[0], dkv[1]
 
     def _forward(
         self, qkv: Sequence[Tensor], mask: Mask, placement: Placement, options: AttentionOptions,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:  # fmt: skip
         """One round: out in `dtype`, lse of the tokens held here, and what the inner calls keep."""
-        kv_heads, (rows, _, heads, dim) = qkv[1].shape[2], qkv[0].shape
+        kv_heads, (rows, _, heads, _) = qkv[1].shape[2], qkv[0].shape
         all_shares, tokens = shares(heads, kv_heads, self.ways), self._tokens(placement)
         me, inner = all_shares[self.here], self._inner(placement)
-        pieces = [
-            [x[:, :, h.start : h.stop] for x, h in zip(qkv, (s.q, s.kv, s.kv), strict=True)]
-            for s in all_shares
-        ]
-        shapes = [[(rows, n, len(h), dim) for h in (me.q, me.kv, me.kv)] for n in tokens]
-        q, k, v = (
-            torch.cat(x, 1) for x in zip(*trade(self._heads, pieces, shapes, self._traded), strict=True)
-        )
+        q, k, v = self._arrived(qkv, tokens, all_shares)
         outs, lses = [q[:, :, :0].to(dtype)], []
         kept: list[Tensor | None] = []
         for kv, at in me.calls(heads // kv_heads):
@@ -179,6 +195,33 @@ class Ulysses(Joined):
             found = torch.cat([empty, *(x for x in lses if x is not None)], 1)
             lse = self._back(found, tokens, [s.q for s in all_shares], heads_dim=1)
         return out, lse, kept
+
+    def _again(
+        self, qkv: Sequence[Tensor], lse: Tensor | None, mask: Mask, placement: Placement
+    ) -> list[Tensor | None]:
+        """What the inner calls of one round kept, traded once more."""
+        kv_heads, heads, tokens = qkv[1].shape[2], qkv[0].shape[2], self._tokens(placement)
+        all_shares, inner = shares(heads, kv_heads, self.ways), self._inner(placement)
+        me = all_shares[self.here]
+        q, k, v = self._arrived(qkv, tokens, all_shares)
+        if lse is not None:
+            lse = self._out(lse, tokens, [s.q for s in all_shares], heads_dim=1)
+        kept: list[Tensor | None] = []
+        for kv, at in me.calls(heads // kv_heads):
+            bound, rows = mask.heads(me.kv[kv], kv_heads), None if lse is None else lse[:, at]
+            kept += self.inner.again(q[:, :, at], k[:, :, kv], v[:, :, kv], rows, bound, inner)
+        return kept
+
+    def _arrived(self, qkv: Sequence[Tensor], tokens: list[int], all_shares: list[Share]) -> list[Tensor]:
+        """q, k, v of all tokens and local heads, from those of local tokens and all heads."""
+        (rows, _, _, dim), me = qkv[0].shape, all_shares[self.here]
+        pieces = [
+            [x[:, :, h.start : h.stop] for x, h in zip(qkv, (s.q, s.kv, s.kv), strict=True)]
+            for s in all_shares
+        ]
+        shapes = [[(rows, n, len(h), dim) for h in (me.q, me.kv, me.kv)] for n in tokens]
+        found = trade(self._heads, pieces, shapes, self._traded)
+        return [torch.cat(x, 1) for x in zip(*found, strict=True)]
 
     def _backward(
         self, rows: tuple[Tensor, Tensor | None, int], saved: Sequence[Tensor | None], mask: Mask,
@@ -251,9 +294,6 @@ class Ulysses(Joined):
         ranges = [range(kv_heads * i // n, kv_heads * (i + 1) // n) for i in range(n)]
         return [(kv, slice(kv.start * each, kv.stop * each)) for kv in ranges]
 
-    def _calls(self, q_heads: int, kv_heads: int) -> list[tuple[slice, slice]]:
-        return shares(q_heads, kv_heads, self.ways)[self.here].calls(q_heads // kv_heads)
-
     def _tokens(self, placement: Placement) -> list[int]:
         """Tokens of each rank of the head axis."""
         return [placement.tokens(self.inner.rank * self.ways + i) for i in range(self.ways)]
@@ -265,3 +305,20 @@ class Ulysses(Joined):
         spans = placement.spans_by_rank
         groups = [spans[i : i + self.ways] for i in range(0, len(spans), self.ways)]
         return Placement(placement.length, tuple(tuple(s for one in group for s in one) for group in groups))
+
+
+def _of_round(q: Tensor, k: Tensor, v: Tensor, kv: range, heads: slice) -> tuple[Tensor, Tensor, Tensor]:
+    return q[:, :, heads], k[:, :, kv.start : kv.stop], v[:, :, kv.start : kv.stop]
+
+
+def _sequence(mesh: DeviceMesh, outer: dist.ProcessGroup | None, axis: str) -> dist.ProcessGroup:
+    """The ranks of the inner layout's axis and of `axis` together, in the order of the placement."""
+    names = list(mesh.mesh_dim_names or ())
+    found = next((name for name in names if mesh.get_group(name) is outer), None)
+    if found is None or names.index(found) > names.index(axis):
+        raise ValueError(
+            f"parallel.layout.axis is {axis!r} and parallel.layout.inner attends over "
+            f"{found or 'several axes'}: inner needs one axis that comes before it in the mesh, "
+            f"{', '.join(names)}; as in parallel=usp, the one can be head and the other ring"
+        )
+    return joined(mesh, (found, axis))

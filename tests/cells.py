@@ -2,12 +2,16 @@
 world.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -24,6 +28,7 @@ from longspan.parallel.s2 import HeadSharded
 from longspan.parallel.single import Single
 from longspan.parallel.star import Star
 from longspan.parallel.ulysses import Ulysses
+from world import ORPHAN
 
 SOFTMAX = AttentionOptions()
 
@@ -186,3 +191,13 @@ def errors(cell: Cell, ranks: list[Ran]) -> Errors:
         got = torch.cat([torch.from_numpy(r.parts[name]) for r in ranks], dim).index_select(dim, order)
         found[name], found[f"{name} of a token"] = difference(got, right), worst_token(got, right, dim)
     return found
+
+
+@contextmanager
+def patient(seconds: float) -> Iterator[None]:
+    """The process group of all waits so long meanwhile, and what is made of it."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+    try:
+        yield
+    finally:
+        dist.distributed_c10d._set_pg_timeout(ORPHAN)

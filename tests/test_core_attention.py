@@ -65,6 +65,11 @@ MEGATRON = [
     # fewer kv heads than ranks: two ranks share one
     Megatron("ring", S2, tp=2, kv_heads=1),
 ]
+BOTH_WAYS = [
+    Megatron("ring", told=False, tp=2),
+    Megatron("ring", S2, tp=2),
+    Megatron("ulysses", PACKED, kv_heads=4, tp=2, rope="none"),
+]
 TOKENS = 32
 
 
@@ -160,7 +165,7 @@ def held_by(layout: Layout, case: Megatron, whole: Tensor) -> tuple[Placement, T
     return zigzag(TOKENS, layout.size), get_batch_on_this_cp_rank({"tokens": whole})["tokens"]
 
 
-def two_gpts(case: Megatron) -> tuple[float, float]:
+def spread_gpt(case: Megatron) -> tuple[float, float]:
     """Greatest relative errors, of a token's loss and of a gradient tensor, against one process."""
     ids = torch.randint(64, (2, TOKENS), generator=torch.Generator().manual_seed(5))
     want, one = one_gpt(case, ids, ids.roll(-1, 1))
@@ -169,7 +174,7 @@ def two_gpts(case: Megatron) -> tuple[float, float]:
         "ulysses": partial(Ulysses, axis="ring"),
         "s2": partial(HeadSharded, block=4),
     }
-    cp = 2 // case.tp
+    cp = dist.get_world_size() // case.tp
     with parallel(case.tp, cp):
         layout = context_parallel(makes[case.layout])
         rope = Rope() if case.rope == "none" else None
@@ -196,13 +201,21 @@ def two_gpts(case: Megatron) -> tuple[float, float]:
 def run_megatron(rank: int, cases: list[Megatron]) -> list[tuple[float, float]]:
     with warnings.catch_warnings(), on_the_cpu():
         warnings.simplefilter("ignore")
-        return [two_gpts(case) for case in cases]
+        return [spread_gpt(case) for case in cases]
 
 
 @has_megatron
 def test_megatron_on_two_ranks() -> None:
     # ranks of its own: Megatron's groups are many and stay
     for errors in run(2, run_megatron, MEGATRON):
+        assert all(error < 1e-5 for pair in errors for error in pair), errors
+
+
+@pytest.mark.slow
+@has_megatron
+def test_megatron_with_layers_and_sequence_cut() -> None:
+    """TP 2 x CP 2."""
+    for errors in run(4, run_megatron, BOTH_WAYS):
         assert all(error < 1e-5 for pair in errors for error in pair), errors
 
 

@@ -210,6 +210,48 @@ def test_what_transformers_cannot_do_is_refused(world: Worlds) -> None:
     world(2)(run_refused)
 
 
+def run_refused_on_one(rank: int) -> list[str]:
+    """What each rank is told when one of the two is given what it refuses: padding, or other tokens."""
+    layout = build("ring/zigzag", 2)
+    placement = layout.place(LENGTH, CAUSAL)
+    model, told = causal_lm("llama", "longspan"), []
+    whole, short = (torch.zeros(1, n, dtype=torch.int64) for n in (placement.tokens(rank), 9))
+    seen = torch.ones_like(whole)
+    padded = seen.clone()
+    padded[:, -2:] = 0
+    for ids, mask in ((whole, padded if rank == 0 else seen), (short if rank == 1 else whole, None)):
+        with pytest.raises(ValueError) as error, hf.sequence(model, layout, placement):
+            model(ids, mask)
+        told.append(f"{type(error.value).__name__}: {error.value}")
+    # nothing is left of it, and no padding is none
+    with hf.sequence(model, layout, placement):
+        assert model(ids if rank == 0 else whole, seen).logits.isfinite().all()
+    return told
+
+
+@has_transformers
+def test_what_one_rank_refuses_all_refuse(world: Worlds) -> None:
+    first, second = world(2)(run_refused_on_one, timeout=60.0)
+    assert first[0].startswith("Unsupported: attention_mask marks padding")
+    assert second[0] == "Unsupported: rank 0 refuses what it was given, and says why; all ranks stop with it"
+    assert second[1].startswith("ValueError: LlamaModel was given 9 tokens, but rank 1 holds 18 of 37")
+    assert first[1] == "ValueError: rank 1 refuses what it was given, and says why; all ranks stop with it"
+
+
+def run_sum_of_bfloat16(rank: int) -> list[float]:
+    module = nn.ParameterList(torch.zeros(1, dtype=torch.bfloat16) for _ in range(3))
+    for i, p in enumerate(module):
+        # beside 256 bfloat16 has no room for 1, but for 2: whoever is added last, one sum goes wrong
+        p.grad = torch.full_like(p, 256 if rank == i else 1)
+    integrations.sum_gradients(module, dist.group.WORLD)
+    assert {p.grad.dtype for p in module} == {torch.bfloat16}
+    return [float(p.grad) for p in module]
+
+
+def test_gradients_are_summed_in_float32(world: Worlds) -> None:
+    assert world(3)(run_sum_of_bfloat16) == [[258.0] * 3] * 3
+
+
 def run_own_module(rank: int) -> None:
     """The plain function, and gradients that one rank has none of."""
     layout = build("ring/zigzag", 2)

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from cells import build, difference
+from cells import build, difference, meshed
 from longspan.kernels.attention import AttentionOptions, combine
 from longspan.kernels.lower import lower, visible
 from longspan.kernels.mask import Causal, Documents, Full, Mask, Window
@@ -20,8 +21,13 @@ from longspan.kernels.patterns import Anchored, Strided
 from longspan.kernels.span import Span
 from longspan.parallel.joint import Joining, Joint, Rows
 from longspan.parallel.layout import Layout, shard, unshard
+from longspan.parallel.mesh import Mesh
+from longspan.parallel.mixed import HeadGroups, Layers
 from longspan.parallel.placement import Placement, contiguous
+from longspan.parallel.ring import Ring
+from longspan.parallel.s2 import HeadSharded
 from longspan.parallel.single import Single
+from longspan.parallel.ulysses import Ulysses
 from oracle import plain
 from world import Worlds
 
@@ -158,7 +164,7 @@ def cases(size: int) -> list[Case]:
     return [*some, *few, *plus, Case("star", STAR, options=SIGMOID)]
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_joint_tokens_are_seen_once_by_all_and_see_all(world: Worlds, size: int) -> None:
     wanted = cases(size)
     found = world(size)(errors, wanted, size)[0]
@@ -193,6 +199,34 @@ def counted_by_every_rank() -> Iterator[None]:
 def gradients_of_one_rank() -> object:
     """The planted fault: each rank goes on with its own share of the upstream gradient of the joint rows."""
     return patch.object(Joining, "upstream", lambda self, dout, dlse, tokens: (dout, dlse))
+
+
+def mixed(rank: int, size: int) -> list[dict[str, float]]:
+    """The errors of mixtures by head, on one axis and, of 4 ranks, on two, and of each layer's turn of one by
+    layer.
+    """
+    ring, first, rest = (
+        meshed(Mesh(ring=size)),
+        partial(Ring, placement="contiguous"),
+        partial(HeadSharded, block=8),
+    )
+    layouts: list[Layout] = [
+        HeadGroups(ring, first=first, rest=rest),
+        HeadGroups(ring, first=partial(Ulysses, axis="ring"), rest=first),
+        *Layers(ring, most=rest, rest=first, every=2).turns(),
+    ]
+    if size == 4:
+        inner = [partial(Ulysses, inner=part) for part in (first, rest)]
+        layouts.append(HeadGroups(meshed(Mesh(ring=2, head=2)), first=inner[0], rest=inner[1]))
+    case = Case("", MASKS[2], (8, 2), 61)
+    got = [everywhere(layout, case) for layout in layouts]
+    return [{name: difference(one[name], want) for name, want in one_device(case).items()} for one in got]
+
+
+@pytest.mark.parametrize(("size", "count"), [(3, 4), (4, 5)])
+def test_mixtures_serve_joint_tokens(world: Worlds, size: int, count: int) -> None:
+    for found in world(size)(mixed, size):
+        assert len(found) == count and max(max(error.values()) for error in found) <= 1e-10, found
 
 
 def test_what_is_counted_twice_or_not_summed_is_seen(world: Worlds) -> None:

@@ -92,21 +92,18 @@ def test_both_ends_of_an_exchange_agree() -> None:
         placement = named(draw.choice(("contiguous", "zigzag", "striped", "balanced")))(LENGTH, size, mask)
         plans = [needs(mask, placement, 2, r, 16, CPU) for r in range(size)]
         for g, (a, b) in product(range(len(plans[0].heads)), product(range(size), repeat=2)):
-            gave = len(plans[a].kept[g]) if a == b else plans[b].gives[g][a]
-            assert plans[a].wants[g][b] == gave and not plans[a].gives[g][a], mask
+            assert plans[a].wants[g][b] == plans[b].gives[g][a], mask
         for r, plan in enumerate(plans):
             for g, at in enumerate(plan.at):
                 came = torch.cat(
-                    [torch.tensor(held(placement, s))[_given(plans[s], g, s, r)] for s in range(size)]
+                    [torch.tensor(held(placement, s))[_given(plans[s], g, r)] for s in range(size)]
                 )
                 assert came.tolist() == masks.listed(at), (mask, r)
                 assert total(at) == sum(plan.wants[g])
 
 
-def _given(plan: Needs, group: int, owner: int, user: int) -> Tensor:
-    """Which of its tokens `owner`, whose plan this is, gives to `user`."""
-    if owner == user:
-        return plan.kept[group]
+def _given(plan: Needs, group: int, user: int) -> Tensor:
+    """Which of its tokens the rank whose plan this is gives to `user`."""
     return plan.given[group].split(plan.gives[group])[user]
 
 

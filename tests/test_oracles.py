@@ -75,7 +75,7 @@ def megatrons(rank: int, size: int, length: int) -> list[int]:
 
 
 @needs("megatron", "megatron")
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_zigzag_is_megatrons(world: Worlds, size: int) -> None:
     found = world(size)(megatrons, size, 48)
     assert found == [span_positions(spans).tolist() for spans in zigzag(48, size).spans_by_rank]

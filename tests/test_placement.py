@@ -10,7 +10,7 @@ from benchmarks.balance import packed
 from longspan.kernels.heads import Heads, PerHead
 from longspan.kernels.mask import Causal, Documents, Full, Mask, Window
 from longspan.kernels.patterns import Anchored, BlockPermutation, Shifted, Strided
-from longspan.kernels.span import Span, Spans
+from longspan.kernels.span import Span, Spans, total
 from longspan.kernels.tile import area
 from longspan.parallel.balance import heads_of, shares
 from longspan.parallel.placement import Placement, auto, balanced, contiguous, named, zigzag
@@ -125,3 +125,27 @@ def test_bad_input_is_refused() -> None:
         named("zigzga")
     with pytest.raises(ValueError, match="hold 3 tokens, but the sequence has 4"):
         Placement(4, ((Span(0, 3),),))
+
+
+@pytest.mark.parametrize(
+    ("spans", "missing"),
+    [
+        # as many tokens as there should be, but one is held twice, or lies beyond the end
+        (((Span(0, 3),), (Span(2, 2),)), 4),
+        (((Span(1, 3),), (Span(1, 1),)), 0),
+        (((Span(0, 2),), (Span(3, 2),)), 2),
+        (((Span(0, 2, run=1, step=2),), (Span(2, 2, run=1, step=2),)), 1),
+        (((Span(0, 4, run=2, step=4),), (Span(3, 4, run=2, step=4),)), 2),
+    ],
+)
+def test_a_placement_holds_each_position_once(spans: tuple[Spans, ...], missing: int) -> None:
+    with pytest.raises(ValueError, match=f"none holds position {missing}, so that another is held twice"):
+        Placement(sum(map(total, spans)), spans)
+
+
+def test_placements_of_a_million_tokens_on_many_ranks_are_checked_fast() -> None:
+    for name in ("contiguous", "zigzag", "striped"):
+        placement = named(name)(2**20, 1024, Causal())
+        began = time.process_time()
+        Placement(2**20, placement.spans_by_rank)
+        assert time.process_time() - began < 1, name

@@ -1,7 +1,6 @@
 """The ring: both ways round, what its gradients travel in, what it holds, and when it posts what."""
 
 import itertools
-import weakref
 from collections import Counter
 from functools import partial
 from typing import Any, get_args
@@ -11,10 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from cells import Cell, Errors, build, difference, held, inputs, local, meshed, oracle
+from live import Live
 from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Window
 from longspan.kernels.patterns import Anchored, Strided
 from longspan.parallel import comm, ring
@@ -54,12 +52,13 @@ def both_ways_errors(rank: int, size: int, cells: list[Cell]) -> list[Errors]:
     return found
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("size", [4, 8])
 def test_both_ways_round_equal_one_device(world: Worlds, size: int) -> None:
-    turns = itertools.cycle(itertools.product(HEADS, (48, 61, 7)))
+    """What tests/test_matrix.py has not, which takes such rings at every size: 7 tokens, and USP."""
+    turns = itertools.cycle(zip(HEADS, (7, 48, 61, 7), strict=True))
     pairs = list(itertools.product(PLACEMENTS, MASKS))
-    wanted = [Cell(where, m, *next(turns)) for where, m in pairs[:: {1: 5, 8: 5}.get(size, 1)]]
-    wanted += [Cell("usp", m, (8, 2), 61) for m in MASKS[1::4] if size in (4, 8)]
+    wanted = [Cell(where, m, *next(turns)) for where, m in pairs[::5]]
+    wanted += [Cell("usp", m, (8, 2), 61) for m in MASKS[1::4]]
     for cell, error in zip(wanted, world(size)(both_ways_errors, size, wanted)[0], strict=True):
         assert max(error.values()) <= 1e-10, (cell, error)
 
@@ -140,37 +139,6 @@ def test_what_gradients_in_bfloat16_cost(world: Worlds, size: int, float32: floa
             assert exact[name] < 5e-5 or dtype == torch.bfloat16
 
 
-class Live(TorchDispatchMode):
-    """The most bytes that storages made by operators hold at a time: in all, and those of a dtype alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, tuple[torch.dtype, int]] = {}
-        self.most: Counter[torch.dtype | None] = Counter()
-        self.counts: Counter[tuple[torch.dtype, int]] = Counter()  # the same of storages of one size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
-                self._made(x)
-        return result
-
-    def _made(self, x: Tensor) -> None:
-        storage = x.untyped_storage()
-        key = storage._cdata
-        if key not in self.alive and storage.nbytes():
-            self.alive[key] = x.dtype, storage.nbytes()
-            weakref.finalize(storage, self.alive.pop, key)
-            now: Counter[torch.dtype | None] = Counter()
-            for dtype, size in self.alive.values():
-                now[dtype] += size
-                now[None] += size
-            self.most |= now
-            self.counts |= Counter(self.alive.values())
-
-
 def live_shards(rank: int, size: int, kind: str) -> tuple[list[float], float, int]:
     """Beside the inputs: how many storages of a key shard's size (k and v together) are alive at most in
     forward and in backward, all bytes in the inputs' dtype in shards, and the bytes of everything.
@@ -206,12 +174,12 @@ def test_a_ring_holds_two_key_shards(world: Worlds) -> None:
 
 def test_gathering_some_heads_at_a_time_holds_as_much_less(world: Worlds) -> None:
     every, four, one = (world(8)(live_shards, 8, f"gather{n}")[0][1] for n in (0, 4, 1))
-    # 8 shards as they came and 8 put together
-    assert every >= 16 and four <= 0.6 * every and one <= 0.2 * every, (every, four, one)
+    # the own shard, to be sent, and all 8, which arrive where they stay
+    assert every <= 9.1 and four <= 0.6 * every and one <= 0.3 * every, (every, four, one)
 
 
-def order(rank: int, size: int, backward: bool) -> list[str]:
-    """What the ring does, as it does it: a transfer is named by the hop that will need it."""
+def order(rank: int, size: int, kind: str, backward: bool) -> list[str]:
+    """What the ring does, as it does it: a transfer is named by its turn among its kind."""
     log: list[str] = []
     counts: Counter[str] = Counter()
     names: dict[int, str] = {}
@@ -241,7 +209,10 @@ def order(rank: int, size: int, backward: bool) -> list[str]:
 
         return work
 
-    layout, cell = Ring(meshed(Mesh(ring=size))), Cell("", Full(), (2, 2), 32, 1, torch.bfloat16)
+    layout: Any = Ring(meshed(Mesh(ring=size)), bidirectional=kind == "both")
+    if kind == "usp":
+        layout = Ulysses(meshed(Mesh(head=2, ring=size // 2)), inner=Ring)
+    cell = Cell("", Full(), (2, 2), 32, 1, torch.bfloat16)
     placement = layout.place(32, cell.mask)
     q, k, v, dout = (x[:, : 32 // size].contiguous().requires_grad_() for x in inputs(cell)[:4])
     module.post, module.forward, module.backward = posting, working("forward"), working("backward")
@@ -258,20 +229,46 @@ def order(rank: int, size: int, backward: bool) -> list[str]:
     return log
 
 
-def test_the_next_transfer_is_posted_before_the_work_and_awaited_after_it(world: Worlds) -> None:
-    """The gradient of a shard is awaited after the work on it, and its next hop posted before other work."""
-    hops = [["post keys 1", "forward 0", "have keys 1"], ["post keys 2", "forward 1", "have keys 2"]]
-    hops += [["post keys 3", "forward 2", "have keys 3"], ["forward 3"]]
-    for log in world(4)(order, 4, False):
-        assert log == [*itertools.chain(*hops)]
-    hops = [
+# One way round 4 ranks; both ways, the first 2 hops and the second 1; one way round the 2 rings of USP.
+FORWARD = {
+    "one": [
+        ["post keys 1", "forward 0", "have keys 1"],
+        ["post keys 2", "forward 1", "have keys 2"],
+        ["post keys 3", "forward 2", "have keys 3"],
+        ["forward 3"],
+    ],
+    "both": [
+        ["post keys 1", "post keys 2", "forward 0", "have keys 1", "have keys 2"],
+        ["post keys 3", "forward 1", "forward 2", "have keys 3"],
+        ["forward 3"],
+    ],
+    "usp": [["post keys 1", "forward 0", "have keys 1"], ["forward 1"]],
+}
+BACKWARD = {
+    "one": [
         ["post keys 1", "backward 0", "have keys 1"],
         ["post keys 2", "backward 1", "post gradients 1", "have keys 2"],
         ["post keys 3", "backward 2", "have gradients 1", "post gradients 2", "have keys 3"],
         ["backward 3", "have gradients 2", "post gradients 3", "have gradients 3"],
-    ]
-    for log in world(4)(order, 4, True):
-        assert log == [*itertools.chain(*hops)]
+    ],
+    "both": [
+        ["post keys 1", "post keys 2", "backward 0", "have keys 1", "have keys 2"],
+        ["post keys 3", "backward 1", "post gradients 1", "backward 2", "post gradients 2", "have keys 3"],
+        ["backward 3", "have gradients 1", "post gradients 3", "have gradients 2", "have gradients 3"],
+    ],
+    "usp": [
+        ["post keys 1", "backward 0", "have keys 1"],
+        ["backward 1", "post gradients 1", "have gradients 1"],
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", FORWARD)
+def test_the_next_transfer_is_posted_before_the_work_and_awaited_after_it(world: Worlds, kind: str) -> None:
+    """The gradient of a shard is awaited after the work on it, and its next hop posted before other work."""
+    for backward, hops in ((False, FORWARD[kind]), (True, BACKWARD[kind])):
+        for log in world(4)(order, 4, kind, backward):
+            assert log == [*itertools.chain(*hops)]
 
 
 def always(answer: bool, group: dist.ProcessGroup, x: Tensor) -> bool:

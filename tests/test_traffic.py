@@ -123,80 +123,105 @@ SHAPE = Shape(32, 8, 128)
 TOKEN = 2 * 8 * 128 * 2  # bytes of the keys and values of one token
 
 
+def both(jobs: list[tuple[str, Mask]], length: int) -> list[tuple[list[Moved], list[Moved]]]:
+    """[job]: the forward and the backward passes on 8 ranks."""
+    found = [simulate(r, 8, length, tuple(jobs), SHAPE, torch.bfloat16) for r in range(8)]
+    return [([each[i][0] for each in found], [each[i][1] for each in found]) for i in range(len(jobs))]
+
+
 def forward(jobs: list[tuple[str, Mask]], length: int) -> list[list[Moved]]:
     """[job][rank]: the forward passes on 8 ranks."""
-    found = [simulate(r, 8, length, tuple(jobs), SHAPE, torch.bfloat16) for r in range(8)]
-    return [[each[i][0] for each in found] for i in range(len(jobs))]
+    return [found for found, _ in both(jobs, length)]
 
 
 def arrived(moved: list[Moved]) -> int:
     return sum(x.arrived for x in moved)
 
 
-def needed(mask: Mask, length: int) -> int:
-    """Of 8 ranks together, contiguous, forward."""
+def needed(mask: Mask, length: int) -> tuple[int, ...]:
+    """Of 8 ranks together, contiguous: forward, backward."""
     kind: Any = {"kv_heads": 8, "head_dim": 128, "dtype": torch.bfloat16}
-    return sum(needed_bytes(mask, contiguous(length, 8), r, **kind).forward for r in range(8))
+    each = (needed_bytes(mask, contiguous(length, 8), r, **kind) for r in range(8))
+    return tuple(sum(x) for x in zip(*each, strict=True))
 
 
 def test_s2_sends_what_its_heads_need() -> None:
     length, mask = 2**16, Strided(64, 8, 16) & Causal()
-    exchange, ring = forward([("s2/contiguous", mask), ("ring/contiguous", mask)], length)
-    assert arrived(exchange) <= 1.05 * needed(mask, length)
-    assert 8 * arrived(exchange) <= arrived(ring)
+    found = both([("s2/contiguous", mask), ("ring/contiguous", mask)], length)
+    for exchange, ring, least in zip(*found, needed(mask, length), strict=True):
+        assert arrived(exchange) <= 1.05 * least
+        assert 8 * arrived(exchange) <= arrived(ring)
 
 
 @pytest.mark.parametrize("placement", ["contiguous", "zigzag"])
 def test_packed_documents_send_a_tenth_of_the_ring(placement: str) -> None:
     length = 2**17
     mask = Documents(tuple(range(0, length, 1000)), inner=Causal())
-    exchange, ring = forward([(f"s2/{placement}", mask), (f"ring/{placement}", mask)], length)
-    assert 10 * arrived(exchange) <= arrived(ring)
-    if placement == "contiguous":
-        # whole blocks of 64 keys: at most 63 tokens more at each of 7 borders
-        assert arrived(exchange) <= needed(mask, length) + 7 * 63 * TOKEN
+    found = both([(f"s2/{placement}", mask), (f"ring/{placement}", mask)], length)
+    for exchange, ring, least, times in zip(*found, needed(mask, length), (1, 3), strict=True):
+        assert 10 * arrived(exchange) <= arrived(ring)
+        if placement == "contiguous":
+            # whole blocks of 64 keys: at most 63 tokens more at each of 7 borders
+            assert arrived(exchange) <= least + 7 * 63 * TOKEN * times
 
 
 def test_a_window_sends_its_halo() -> None:
-    (exchange,) = forward([("s2/contiguous", Window(1023))], 2**16)
-    assert [x.arrived for x in exchange] == [0] + 7 * [1024 * TOKEN]
+    """Backward fetches it again, and its float32 gradients go home."""
+    ((exchange, back),) = both([("s2/contiguous", Window(1023))], 2**16)
+    halo = 1024 * TOKEN
+    assert [x.arrived for x in exchange] == [0] + 7 * [halo]
+    assert [x.arrived for x in back] == [2 * halo] + 6 * [3 * halo] + [halo]
 
 
 def test_the_ring_passes_no_shard_beyond_its_last_user() -> None:
     shard = 2**13 * TOKEN
     # documents over the borders of ranks 0 and 1, 2 and 3, and one over ranks 5 to 7
     packed = Documents((0, 8000, 9000, 20000, 30000, 33000, 40960, 45000, 65000), inner=Causal())
-    window, documents = forward([("ring/contiguous", Window(1023)), ("ring/contiguous", packed)], 2**16)
-    assert [x.sent for x in window] == 7 * [shard] + [0]
+    jobs: list[tuple[str, Mask]] = [("ring/contiguous", Window(1023)), ("ring/contiguous", packed)]
+    window, documents = both(jobs, 2**16)
+    assert [x.sent for x in window[0]] == 7 * [shard] + [0]
+    # a shard goes on as before, and the float32 gradient of the one that came goes back
+    assert [x.sent for x in window[1]] == [shard] + 6 * [3 * shard] + [2 * shard]
     reach = route(packed, contiguous(2**16, 8), 8).reach
     last = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 4), (5, 7), (6, 7), (7, 7)]
     assert list(reach) == [r - s for s, r in last]
-    assert arrived(documents) == shard * sum(reach)
+    assert [arrived(x) for x in documents] == [shard * sum(reach), 3 * shard * sum(reach)]
 
 
 def test_star_sends_anchor_and_tail_whatever_the_context() -> None:
     """Doubling the context changes nothing; doubling the tail doubles what it sends."""
 
-    def moved(context: int, tail: int) -> int:
+    def moved(context: int, tail: int) -> tuple[int, ...]:
         mask = Anchored(1024, 1024, context) & Causal()
-        (star,) = forward([("star", mask)], context + tail)
-        return sum(x.sent for x in star)
+        (star,) = both([("star", mask)], context + tail)
+        return tuple(sum(x.sent for x in side) for side in star)
 
     short, long, twice = moved(2**15, 2**10), moved(2**16, 2**10), moved(2**15, 2**11)
-    anchor = 7 * 1024 * TOKEN
     assert short == long
-    assert twice - anchor == 2 * (short - anchor)
-    # each rank's queries to 7 others, out and lse in float32 back
+    anchor = 7 * 1024 * TOKEN
+    # the tail's queries to 7 others, out and lse in float32 back
     row = 32 * (128 * 2 + 128 * 4 + 4)
-    assert short == anchor + 2**10 * 7 * row
+    # queries, upstream gradients, lse and delta to the others, float32 dq back
+    back = 32 * (2 * 128 * 2 + 2 * 4 + 128 * 4)
+    for i, (anchors, tail) in enumerate(((anchor, row), (3 * anchor, back))):
+        assert short[i] == anchors + 2**10 * 7 * tail
+        assert twice[i] == anchors + 2**11 * 7 * tail
 
 
 def test_held_keys() -> None:
-    """Two shards in the ring, its own copy and the one that comes; the gather holds what it needs twice."""
-    ring, exchange = forward([("ring/contiguous", Causal()), ("s2/contiguous", Window(1023))], 2**16)
+    """Two shards in the ring, its own copy and the one that comes; the gather its own copy and what it needs,
+    the exchange also what others need.
+    """
+    jobs: list[tuple[str, Mask]] = [
+        ("ring/contiguous", Causal()),
+        ("gather/contiguous", Causal()),
+        ("s2/contiguous", Window(1023)),
+    ]
+    ring, gather, exchange = forward(jobs, 2**16)
     shard = 2**13 * TOKEN
     assert max(x.held for x in ring) <= 2.02 * shard
-    assert max(x.held for x in exchange) <= 4 * shard
+    assert max(x.held for x in gather) <= 9.1 * shard
+    assert max(x.held for x in exchange) <= 3.3 * shard
 
 
 def test_the_table(

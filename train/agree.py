@@ -4,7 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+
+from ..kernels.mask import Unsupported
+from ..parallel.mesh import patience
 
 Part = TypeVar("Part")
 Reply = TypeVar("Reply")
@@ -22,7 +26,8 @@ class _Failure:
 
 
 class Ranks:
-    """The ranks of `group` (None: all, or this process alone), which talk over a gloo group of their own.
+    """The ranks of `group` (None: all, or this process alone), which talk over a gloo group of their own that
+    waits as long.
 
     Of their own, so that a thread may use it while the trainer computes over the other one. All ranks make
     one and call its methods in the same order.
@@ -38,7 +43,9 @@ class Ranks:
         if dist.is_initialized() and dist.get_world_size(group) > 1:
             members = dist.get_process_group_ranks(group)
             part = len(members) < dist.get_world_size()
-            self._group = dist.new_group(members, backend="gloo", use_local_synchronization=part)
+            self._group = dist.new_group(
+                members, timeout=patience(group), backend="gloo", use_local_synchronization=part
+            )
             self.rank, self.size = dist.get_rank(self._group), len(members)
 
     def exchange(self, work: Callable[[], Part], merge: Callable[[list[Part]], list[Reply]]) -> Reply:
@@ -94,6 +101,33 @@ class Ranks:
         reply: list[Any] = [None]
         dist.scatter_object_list(reply, replies, group=self._group, group_src=0)
         return reply[0]
+
+
+def highest(number: int, group: dist.ProcessGroup | None = None) -> int:
+    """The highest number, int32, that a rank of `group` (None: all) gives: one all-reduce, on the CPU if the
+    group can.
+    """
+    cpu = "gloo" in dist.get_backend_config(group)
+    device = torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device())
+    found = torch.tensor([number], dtype=torch.int32, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group)
+    return int(found.item())
+
+
+def refuse_together(error: ValueError | None, group: dist.ProcessGroup | None) -> None:
+    """Raises on all ranks of `group` (None: this process alone) if any has an error: its own where there is
+    one, elsewhere one of the same class, Unsupported or ValueError, that names a rank that has one.
+    """
+    if group is not None:
+        mine = 0 if error is None else 2 * dist.get_rank() + 2 + isinstance(error, Unsupported)
+        worst = highest(mine, group)
+        if worst and error is None:
+            kind = Unsupported if worst % 2 else ValueError
+            raise kind(
+                f"rank {worst // 2 - 1} refuses what it was given, and says why; all ranks stop with it"
+            )
+    if error is not None:
+        raise error
 
 
 def one_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from ..kernels.mask import Causal, Mask, Unsupported, Window
 from ..kernels.options import AttentionOptions
 from ..parallel.layout import Layout
 from ..parallel.placement import Placement
+from .agree import refuse_together
 from .integrations import CAUSAL, Binding, local_positions, needs_extra, refuse_given
 
 NAME = "longspan"
@@ -39,6 +41,7 @@ def register() -> None:
 @contextmanager
 def sequence(model: nn.Module, layout: Layout, placement: Placement, mask: Mask = CAUSAL) -> Iterator[None]:
     """Within it, each forward of `model`, a causal decoder of transformers, is one over this rank's tokens.
+    All ranks of the layout run it together: one that refuses its tokens or its padding stops them all.
 
     mask: who may see whom over the whole sequence, packed documents included; each layer adds its own
     causality and sliding window. `position_ids` are the placement's unless given, the cache is off. The
@@ -124,15 +127,10 @@ def attend(
     return out.contiguous(), None
 
 
-def no_mask(*, attention_mask: Tensor | None = None, use_vmap: bool = False, **rest: Any) -> None:
-    """transformers' mask function: None, since the sequence says who sees whom. Unsupported for padding and
-    for a model's own additions to the causal mask.
+def no_mask(*, use_vmap: bool = False, **rest: Any) -> None:
+    """transformers' mask function: None, since the sequence says who sees whom; padding was refused before.
+    Unsupported for a model's own additions to the causal mask.
     """
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise Unsupported(
-            f"attention_mask marks padding; with attn_implementation={NAME!r} pack documents "
-            f"(mask=Documents(...)), or pad on the right with labels of -100 and pass no attention_mask"
-        )
     if use_vmap:
         raise Unsupported(f"the model adds a mask function of its own, which {NAME} cannot express")
 
@@ -168,23 +166,37 @@ def _refuse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _give(bound: Binding) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Inputs]:
-    """Adds the sequence to the inputs of the decoder."""
+    """Adds the sequence to the inputs of the decoder, once every rank's are what they must be."""
 
     def give(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-        named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds"))
-        x: Tensor = next(t for t in (*named, *args) if t is not None)
-        held = bound.placement.tokens(bound.layout.rank)
-        if x.shape[1] != held:
-            raise ValueError(
-                f"{type(base).__name__} was given {x.shape[1]} tokens, but rank {bound.layout.rank} holds "
-                f"{held} of {bound.placement.length}; shard the batch with integrations.shard_batch"
-            )
-        refuse_given(type(base).__name__, {"past_key_values": kwargs.get("past_key_values")}, "pass none")
+        given = signature(base.forward).bind_partial(*args).arguments | kwargs
+        x: Tensor = next(given[n] for n in ("input_ids", "inputs_embeds") if given.get(n) is not None)
+        refuse_together(
+            _misfit(type(base).__name__, x, given.get("attention_mask"), bound), bound.layout.group
+        )
+        refuse_given(type(base).__name__, {"past_key_values": given.get("past_key_values")}, "pass none")
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = local_positions(bound.layout, bound.placement, x.device)
         return args, kwargs | {"use_cache": False, NAME: bound}
 
     return give
+
+
+def _misfit(name: str, x: Tensor, attention_mask: Any, bound: Binding) -> ValueError | None:
+    """What is wrong with the inputs of this rank, which other ranks cannot see."""
+    held = bound.placement.tokens(bound.layout.rank)
+    if x.shape[1] != held:
+        return ValueError(
+            f"{name} was given {x.shape[1]} tokens, but rank {bound.layout.rank} holds {held} of "
+            f"{bound.placement.length}; shard the batch with integrations.shard_batch"
+        )
+    # a mask of another shape is one of the caller's own, which `attend` refuses
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and not bool(attention_mask.all()):
+        return Unsupported(
+            f"attention_mask marks padding; with attn_implementation={NAME!r} pack documents "
+            f"(mask=Documents(...)), or pad on the right with labels of -100 and pass no attention_mask"
+        )
+    return None
 
 
 def _rope_types(parameters: Any) -> Iterator[str]:

@@ -139,7 +139,8 @@ def loss(logits: Tensor, labels: Tensor, denominator: float) -> Tensor:
 
 
 def sum_gradients(module: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Adds the gradients of all parameters over the ranks of `group` (a layout's; None: nothing to do).
+    """Adds the gradients of all parameters over the ranks of `group` (a layout's; None: nothing to do), in
+    float32 at least, and rounds each sum once.
 
     A rank that has no gradient of a parameter, such as that of an expert none of its tokens went to, takes
     part with zeros.
@@ -149,7 +150,9 @@ def sum_gradients(module: nn.Module, group: dist.ProcessGroup | None) -> None:
     for p in module.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad, group=group)
+            whole = p.grad.to(torch.promote_types(p.grad.dtype, torch.float32))
+            dist.all_reduce(whole, group=group)
+            p.grad.copy_(whole)
 
 
 def needs_extra(what: str, extra: str, error: ImportError) -> ModuleNotFoundError:
