@@ -112,7 +112,8 @@ class PatchEmbed(nn.Module):
         self.register_load_state_dict_pre_hook(_flatten)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.proj(x)
+        # float32 data meets weights that were gathered in 16 bits
+        y: Tensor = self.proj(x.to(self.proj.weight.dtype))
         return y
 
 

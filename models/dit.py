@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..kernels.mask import Documents, Mask, Offsets
 from .adaln import (
@@ -22,6 +21,7 @@ from .adaln import (
     reset,
 )  # fmt: skip
 from .block import Attend, Attends, HeadNorm, attend_of
+from .grids import regridded
 from .macs import macs
 from .patch import axes, patch_grid, places, sincos
 from .rope import GridRope, rotate
@@ -77,7 +77,7 @@ class DiT(nn.Module):
     the positions, a frozen sin-cos table, a learned one, or none. rope: turns queries and keys by their
     coordinates besides. freq_dim: sinusoids of the time; time_scale: factor on t before them, 1 for steps of
     0 to 999, 1000 for t of 0 to 1. mask: one for all layers or one a layer, over row-major positions of the
-    grid. recompute: keep only each block's input.
+    grid.
 
     Parameters are named as in the published checkpoints, which `load_state_dict` takes as they are (size,
     patch and width as published). Nothing here knows of ranks.
@@ -88,7 +88,7 @@ class DiT(nn.Module):
         heads: int, classes: int, *, hidden: int | None = None, learn_sigma: bool = True,
         embedding: Literal["sincos", "learned", "none"] = "sincos", rope: GridRope | None = None,
         qk_norm: bool = False, freq_dim: int = 256, time_scale: float = 1.0,
-        mask: Mask | Sequence[Mask] | None = None, recompute: bool = False,
+        mask: Mask | Sequence[Mask] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
@@ -97,10 +97,11 @@ class DiT(nn.Module):
             raise ValueError(f"model.embedding is {embedding!r}; it can be sincos, learned or none")
         self.grid, self.patch = patch_grid(size, patch), axes(patch, len(size), "patch")
         self.kv_heads, self.classes = heads, classes
+        self.text_dim, self.pooled_dim = None, None
         self.channels, self.out_channels = channels, channels * (2 if learn_sigma else 1)
         self.dim, self.heads, self.head_dim = dim, heads, head_dim_of(dim, heads, even=rope is not None)
-        self.rope, self.recompute = rope, recompute
-        self.masks = layer_masks(mask, layers, heads)
+        self.rope = rope
+        self.masks = layer_masks(mask, layers, heads, self.grid)
         self.x_embedder = PatchEmbed(prod(self.patch) * channels, dim)
         self.t_embedder = TimeEmbedder(dim, freq_dim, time_scale)
         self.y_embedder = ClassEmbedder(classes, dim)
@@ -116,31 +117,47 @@ class DiT(nn.Module):
         at = places(torch.arange(prod(self.grid)), self.grid)
         return nn.Parameter(sincos(at, self.dim).to(torch.get_default_dtype())[None], requires_grad=False)
 
+    def _embedded(self, positions: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """The table's rows at places of a grid; beyond the model's, a sin-cos table goes on."""
+        assert self.pos_embed is not None
+        if grid == self.grid:
+            return self.pos_embed[0][positions]
+        at = places(positions, grid)
+        if not self.pos_embed.requires_grad:
+            return sincos(at, self.dim).to(self.pos_embed.dtype)
+        if any(a > b for a, b in zip(grid, self.grid, strict=True)):
+            raise ValueError(
+                f"model.embedding is learned for a grid of {self.grid}: it has no rows for one of {grid}"
+            )
+        row = torch.zeros_like(positions)
+        for along, count in zip(at.unbind(-1), self.grid, strict=True):
+            row = row * count + along
+        return self.pos_embed[0][row]
+
     def forward(
         self, tokens: Tensor, positions: Tensor, t: Tensor, y: Tensor, attend: Attends, *,
-        offsets: Offsets | None = None,
+        offsets: Offsets | None = None, grid: tuple[int, ...] | None = None,
     ) -> Tensor:  # fmt: skip
         """tokens [B, T, prod(patch) * channels] held here at row-major `positions` of the grid, int64 [T] or
         [B, T] -> [B, T, prod(patch) * out_channels].
 
         t: float32 [B], or [B, T] for a time of its own for each token (diffusion forcing, Chen et al. 2024).
         y: class int64 [B], or [B, T]. offsets: starts of packed samples in the whole row (see `Documents`),
-        each of which has its own positions in the grid, t and y.
+        each of which has its own positions in the grid, t and y. grid: of the samples, where it is another
+        than the model's.
         """
+        grid = grid or self.grid
         x = self.x_embedder(tokens)
         if self.pos_embed is not None:
-            x = x + self.pos_embed[0][positions]
+            x = x + self._embedded(positions, grid)
         condition = self.t_embedder(per_token(t)) + self.y_embedder(per_token(y))
         angles = None
         if self.rope is not None:
-            angles = self.rope.angles(places(positions, self.grid), self.head_dim)
+            angles = self.rope.angles(places(positions, grid), self.head_dim)
         for layer, (block, mask) in enumerate(zip(self.blocks, self.masks, strict=True)):
-            here = attend_of(attend, layer)
+            here, mask = attend_of(attend, layer), regridded(mask, self.grid, grid)
             seen = mask if offsets is None else Documents(offsets, inner=mask)
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, condition, angles, here, seen, use_reentrant=False)
-            else:
-                x = block(x, condition, angles, here, seen)
+            x = block(x, condition, angles, here, seen)
         out: Tensor = self.final_layer(x, condition)
         return out
 

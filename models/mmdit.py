@@ -7,7 +7,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..kernels.mask import Mask
 from .adaln import (
@@ -24,6 +23,8 @@ from .adaln import (
 )
 from .block import HeadNorm
 from .dit import Angles, SelfAttention
+from .grids import regridded
+from .macs import macs
 from .patch import axes, patch_grid, places
 from .rope import GridRope, rotate
 from .settings import check_sizes, head_dim_of, layer_masks
@@ -39,6 +40,28 @@ class JointAttend(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, joint: Joint) -> Tensor:
         """q, k, v [B, T, H, D] and joint [B, J, H, D] -> [B, J + T, H, D], the text first."""
         ...
+
+
+def joined(
+    attend: JointAttend, qkv: Joint, mask: Mask, joint: Joint, lengths: tuple[int, ...] | None
+) -> Tensor:
+    """`attend` with the first `lengths` (None: all) joint tokens of each row; the others are padding of any
+    content, and what they see is 0.
+
+    Rows with equally many tokens attend together, on every rank in the same order.
+    """
+    words = joint[0].shape[1]
+    if lengths is None or all(n == words for n in lengths):
+        return attend(*qkv, mask, joint=joint)
+    parts, order = [], []
+    for n in sorted(set(lengths)):
+        rows = [row for row, length in enumerate(lengths) if length == n]
+        q, k, v = (x[rows] for x in qkv)
+        cut = joint[0][rows, :n], joint[1][rows, :n], joint[2][rows, :n]
+        text, rest = attend(q, k, v, mask, joint=cut).tensor_split((n,), 1)
+        parts.append(torch.cat((F.pad(text, (0, 0, 0, 0, 0, words - n)), rest), 1))
+        order += rows
+    return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
 
 
 class Stream(nn.Module):
@@ -76,13 +99,13 @@ class DoubleBlock(nn.Module):
 
     def forward(
         self, x: Tensor, text: Tensor, conditions: tuple[Tensor, Tensor], angles: Angles, attend: JointAttend,
-        mask: Mask,
+        mask: Mask, lengths: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """x [B, T, dim] held here, text [B, J, dim]; conditions: theirs -> both again."""
+        """x [B, T, dim] held here, text [B, J, dim]; conditions: theirs; lengths: as in `joined` -> both."""
         streams = self.img, self.txt
         six = [part.adaLN_modulation.of(c) for part, c in zip(streams, conditions, strict=True)]
-        q, k, v = self.img.project(x, six[0], angles)
-        seen = attend(q, k, v, mask, joint=self.txt.project(text, six[1], None))
+        own, joint = self.img.project(x, six[0], angles), self.txt.project(text, six[1], None)
+        seen = joined(attend, own, mask, joint, lengths)
         words = text.shape[1]
         return self.img.add(x, seen[:, words:], six[0]), self.txt.add(text, seen[:, :words], six[1])
 
@@ -101,7 +124,7 @@ class SingleBlock(nn.Module):
 
     def forward(
         self, x: Tensor, text: Tensor, conditions: tuple[Tensor, Tensor], angles: Angles, attend: JointAttend,
-        mask: Mask,
+        mask: Mask, lengths: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """As `DoubleBlock`."""
         gates, heads, wide = [], [], []
@@ -115,8 +138,7 @@ class SingleBlock(nn.Module):
             heads.append((q, k, v) if turn is None else (rotate(q, turn), rotate(k, turn), v))
             gates.append(gate)
             wide.append(F.gelu(hidden, approximate="tanh"))
-        (q, k, v), joint = heads
-        seen = attend(q, k, v, mask, joint=joint).flatten(2)
+        seen = joined(attend, heads[0], mask, heads[1], lengths).flatten(2)
         words = text.shape[1]
         x = x + gates[0] * self.linear2(torch.cat((seen[:, words:], wide[0]), -1))
         return x, text + gates[1] * self.linear2(torch.cat((seen[:, :words], wide[1]), -1))
@@ -127,7 +149,7 @@ class MMDiT(nn.Module):
     ones of one (Flux).
 
     size, patch, channels, hidden, mask (one for all blocks or one a block), freq_dim, time_scale,
-    recompute: as in `DiT`. text_dim: width of the text encoder's states. pooled_dim: width of one vector for
+    text_dim: width of the text encoder's states. pooled_dim: width of one vector for
     the whole text, added to the time; None for none. Patches are turned by `rope` at their coordinates, text
     is not. The text stream is the same on every rank; each rank's gradient of it, and of its weights, is the
     share of the tokens held there, and the sum over ranks is the whole.
@@ -138,7 +160,7 @@ class MMDiT(nn.Module):
         single: int, heads: int, text_dim: int, *, pooled_dim: int | None = None,
         classes: int | None = None, hidden: int | None = None,
         freq_dim: int = 256, time_scale: float = 1.0, rope: GridRope | None = None,
-        mask: Mask | Sequence[Mask] | None = None, recompute: bool = False,
+        mask: Mask | Sequence[Mask] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
@@ -147,10 +169,11 @@ class MMDiT(nn.Module):
             raise ValueError(f"model.double is {double}, model.single {single}: together at least 1 block")
         self.grid, self.patch = patch_grid(size, patch), axes(patch, len(size), "patch")
         self.kv_heads, self.classes = heads, classes
+        self.text_dim, self.pooled_dim = text_dim, pooled_dim
         self.channels = self.out_channels = channels
         self.dim, self.heads, self.head_dim = dim, heads, head_dim_of(dim, heads, even=True)
-        self.rope, self.recompute = rope or GridRope(), recompute
-        self.masks = layer_masks(mask, double + single, heads)
+        self.rope = rope or GridRope()
+        self.masks = layer_masks(mask, double + single, heads, self.grid)
         self.x_embedder = PatchEmbed(prod(self.patch) * channels, dim)
         self.txt_in = nn.Linear(text_dim, dim)
         self.t_embedder = TimeEmbedder(dim, freq_dim, time_scale)
@@ -170,31 +193,61 @@ class MMDiT(nn.Module):
     def forward(
         self, tokens: Tensor, positions: Tensor, t: Tensor, y: Tensor | None,
         attend: JointAttend | Sequence[JointAttend], *, text: Tensor, pooled: Tensor | None = None,
-        text_t: Tensor | None = None,
+        text_t: Tensor | None = None, lengths: tuple[int, ...] | None = None,
+        grid: tuple[int, ...] | None = None,
     ) -> Tensor:  # fmt: skip
         """tokens [B, T, prod(patch) * channels] held here at row-major `positions` int64 [T] -> like tokens.
 
-        t: float32 [B], or [B, T] with text_t [B] for the text. y: class int64 [B], of no meaning to a model
-        without classes. text: [B, J, text_dim], pooled: [B, pooled_dim], the same on every rank.
+        t: float32 [B], or [B, T], where the text's is text_t [B], by default 0: it is never noisy. y: class
+        int64 [B], of no meaning to a model without classes. text: [B, J, text_dim], pooled: [B, pooled_dim],
+        the same on every rank; lengths: how many tokens of each row are text, at least 1, None for all. grid:
+        as in `DiT`.
         """
+        if lengths is not None and (
+            len(lengths) != len(tokens) or not all(1 <= n <= text.shape[1] for n in lengths)
+        ):
+            raise ValueError(
+                f"text lengths are {lengths}; {len(tokens)} rows need one each, from 1 to {text.shape[1]}"
+            )
+        grid = grid or self.grid
         if t.ndim == 2 and text_t is None:
-            raise ValueError("t is one for each token, so that the text needs a time of its own: text_t [B]")
+            text_t = torch.zeros_like(t[:, 0])
         conditions = [self.t_embedder(per_token(x)) for x in (t, t if text_t is None else text_t)]
         for name, given, part in (("y", y, self.y_embedder), ("pooled", pooled, self.pooled_in)):
             if part is not None:
                 if given is None:
                     raise ValueError(f"{name} is missing, but the model is made for it")
+                given = given if name == "y" else given.to(conditions[0].dtype)
                 conditions = [c + part(given)[:, None] for c in conditions]
         ours, theirs = conditions
-        x, words = self.x_embedder(tokens), self.txt_in(text)
-        angles = self.rope.angles(places(positions, self.grid), self.head_dim)
+        x = self.x_embedder(tokens)
+        words = self.txt_in(text.to(x.dtype))
+        angles = self.rope.angles(places(positions, grid), self.head_dim)
         for layer, (block, mask) in enumerate(zip(self.blocks, self.masks, strict=True)):
             here = attend[layer % len(attend)] if isinstance(attend, Sequence) else attend
-            if self.recompute and torch.is_grad_enabled():
-                x, words = checkpoint(
-                    block, x, words, (ours, theirs), angles, here, mask, use_reentrant=False
-                )
-            else:
-                x, words = block(x, words, (ours, theirs), angles, here, mask)
+            rest = (ours, theirs), angles, here, regridded(mask, self.grid, grid), lengths
+            x, words = block(x, words, *rest)
         out: Tensor = self.final_layer(x, ours)
         return out
+
+    def macs(self, tokens: int | None = None, pairs: Sequence[int] | None = None, *, text: int) -> int:
+        """Multiply-adds of the forward pass for one sample of `tokens` (None: the whole grid) and `text`
+        tokens. pairs: visible (query, key) pairs of each block among the patches; None counts all.
+        """
+        tokens = prod(self.grid) if tokens is None else tokens
+        pairs = [tokens**2] * len(self.masks) if pairs is None else pairs
+
+        def rows(name: str) -> int:
+            once = "adaLN_modulation" in name
+            if name.startswith(("t_embedder", "pooled_in")):
+                return 2
+            if name.startswith("x_embedder") or ".img." in name:
+                return 1 if once else tokens
+            if name.startswith("txt_in") or ".txt." in name:
+                return 1 if once else text
+            if name.startswith("final_layer"):
+                return 1 if once else tokens
+            return 2 if once else tokens + text
+
+        seen = sum(pairs) + len(self.masks) * text * (2 * tokens + text)
+        return macs(self, rows, self.dim * seen)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ..kernels.mask import Full, Mask
 from ..kernels.patterns import layered
+from .grids import check_grid
 
 
 def check_sizes(**sizes: int) -> None:
@@ -21,10 +22,16 @@ def head_dim_of(dim: int, heads: int, *, even: bool) -> int:
     return dim // heads
 
 
-def layer_masks(mask: Mask | Sequence[Mask] | None, layers: int, heads: int) -> tuple[Mask, ...]:
-    """A mask for each layer: of one for all (None: full; see `layered` and `PerLayer`), or one a layer."""
+def layer_masks(
+    mask: Mask | Sequence[Mask] | None, layers: int, heads: int, grid: Sequence[int]
+) -> tuple[Mask, ...]:
+    """A mask for each layer: of one for all (None: full; see `layered` and `PerLayer`), or one a layer.
+    ValueError for one that is about another grid.
+    """
     mask = Full() if mask is None else mask
     masks = layered(mask, layers, heads) if isinstance(mask, Mask) else tuple(mask)
     if len(masks) != layers:
         raise ValueError(f"{len(masks)} masks for {layers} layers: give one, or one a layer")
+    for each in set(masks):
+        check_grid(each, grid)
     return masks

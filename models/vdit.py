@@ -5,13 +5,13 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..kernels.attention import attention
 from ..kernels.mask import Documents, Full, Mask, Offsets
 from ..kernels.span import Span
 from .adaln import ClassEmbedder, PatchEmbed, TimeEmbedder, modulate, per_token, plain_norm
 from .block import Attend, Attends, HeadNorm, attend_of
+from .grids import regridded
 from .macs import macs
 from .patch import axes, patch_grid, places
 from .rope import GridRope, rotate
@@ -109,7 +109,7 @@ class VideoDiT(nn.Module):
     """Video Diffusion Transformer in the shape of Wan 2.1 (Wan team 2025, section 4.2): 3D RoPE,
     RMS-normalised queries and keys, one time projection of six vectors for all blocks with a bias in each.
 
-    size, patch, channels, hidden, mask, time_scale, recompute: as in `DiT`. text_dim: width of
+    size, patch, channels, hidden, mask, time_scale: as in `DiT`. text_dim: width of
     the text encoder's states, None for a model without text and its cross attention. classes: labels added to
     the time, without the null class; None for none. Every block's parts are named as in Wan; RoPE's pairs are
     half-split here and interleaved there.
@@ -119,17 +119,18 @@ class VideoDiT(nn.Module):
         self, size: Sequence[int], patch: int | Sequence[int], channels: int, dim: int, layers: int,
         heads: int, hidden: int, *, text_dim: int | None = None, classes: int | None = None,
         freq_dim: int = 256, time_scale: float = 1.0, rope: GridRope | None = None,
-        mask: Mask | Sequence[Mask] | None = None, recompute: bool = False,
+        mask: Mask | Sequence[Mask] | None = None,
         eps: float = 1e-6,
     ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(channels=channels, dim=dim, layers=layers, heads=heads, hidden=hidden)
         self.grid, self.patch = patch_grid(size, patch), axes(patch, len(size), "patch")
         self.kv_heads, self.classes = heads, classes
+        self.text_dim, self.pooled_dim = text_dim, None
         self.channels = self.out_channels = channels
         self.dim, self.heads, self.head_dim = dim, heads, head_dim_of(dim, heads, even=True)
-        self.rope, self.recompute = rope or GridRope(), recompute
-        self.masks = layer_masks(mask, layers, heads)
+        self.rope = rope or GridRope()
+        self.masks = layer_masks(mask, layers, heads, self.grid)
         self.patch_embedding = PatchEmbed(prod(self.patch) * channels, dim)
         self.time_embedding = TimeEmbedder(dim, freq_dim, time_scale)
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -164,14 +165,16 @@ class VideoDiT(nn.Module):
     def forward(
         self, tokens: Tensor, positions: Tensor, t: Tensor, y: Tensor | None, attend: Attends, *,
         offsets: Offsets | None = None, text: Tensor | None = None, lengths: tuple[int, ...] | None = None,
+        grid: tuple[int, ...] | None = None,
     ) -> Tensor:  # fmt: skip
         """tokens [B, T, prod(patch) * channels] held here at row-major `positions` of the grid, int64 [T] or
         [B, T] -> like tokens.
 
         t: float32 [B] or [B, T]. y: class int64 [B] or [B, T], of no meaning to a model without classes.
         offsets: starts of packed samples, as in `DiT`. text: [B, J, text_dim], the same on every rank;
-        lengths: how many tokens of each row are text, None for all.
+        lengths: how many tokens of each row are text, None for all. grid: as in `DiT`.
         """
+        grid = grid or self.grid
         if (text is None) != (self.text_embedding is None) or (text is not None and offsets is not None):
             raise ValueError(
                 f"text is {'missing' if text is None else 'given'}, model.text_dim "
@@ -185,17 +188,14 @@ class VideoDiT(nn.Module):
                 raise ValueError("y is missing, but model.classes is set")
             time = time + self.class_embedding(per_token(y))
         six = self.time_projection(time).unflatten(-1, (6, self.dim))
-        angles = self.rope.angles(places(positions, self.grid), self.head_dim)
+        angles = self.rope.angles(places(positions, grid), self.head_dim)
         words: Text | None = None
         if text is not None and self.text_embedding is not None:
-            words = self.text_embedding(text), lengths
+            words = self.text_embedding(text.to(x.dtype)), lengths
         for layer, (block, mask) in enumerate(zip(self.blocks, self.masks, strict=True)):
-            here = attend_of(attend, layer)
+            here, mask = attend_of(attend, layer), regridded(mask, self.grid, grid)
             seen = mask if offsets is None else Documents(offsets, inner=mask)
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, six, angles, here, seen, words, use_reentrant=False)
-            else:
-                x = block(x, six, angles, here, seen, words)
+            x = block(x, six, angles, here, seen, words)
         out: Tensor = self.head(x, time)
         return out
 

@@ -121,7 +121,7 @@ def test_buckets_are_of_one_shape_and_within_the_budget(folder: Path, tmp_path: 
             assert clean.tokens.shape == (len(batch), tokens(shapes.pop()), 48)
     assert Counter(len(b) for b in epochs[0])[3] > 0
     assert Buckets(data, tokens=tokens, budget=60).batch(1) == epochs[0][1]
-    with pytest.raises(ValueError, match=r"data.budget=10 holds no clip of shape \(3, 1, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"data.buckets=10 holds no clip of shape \(3, 1, 16, 16\)"):
         Buckets(data, tokens=tokens, budget=10)
     mixed = [data.item(next(i for i in range(len(data)) if data.shape(i)[3] == w)) for w in (16, 24)]
     with pytest.raises(ValueError, match="one batch needs one shape"):
@@ -152,7 +152,7 @@ def test_rows_hold_every_clip_once(folder: Path, tmp_path: Path) -> None:
             assert clean.positions[r, at].tolist() == [6 * y + x for y in range(high) for x in range(wide)]
         padding = clean.members[r] < 0
         assert bool((clean.tokens[r, padding] == 0).all())
-    with pytest.raises(ValueError, match="data.context=20 holds no clip"):
+    with pytest.raises(ValueError, match="data.pack=20 holds no clip"):
         Rows(data, patch=4, grid=(1, 4, 6), context=20)
     with pytest.raises(ValueError, match=r"larger than the model's grid of \(1, 4, 5\)"):
         Rows(data, patch=4, grid=(1, 4, 5), context=70)

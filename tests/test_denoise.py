@@ -13,7 +13,7 @@ from cells import build
 from denoising import CPU, PROCESSES, digits, objective, rows, share
 from longspan.kernels.mask import Full
 from longspan.parallel.single import Single
-from longspan.train.batch import Batch, bind
+from longspan.train.batch import Batch, bind, place
 from longspan.train.data.clip import Clip
 from longspan.train.diffusion.batch import Clean, Noisy, collate
 from longspan.train.diffusion.pack import pack
@@ -42,7 +42,7 @@ def test_draws_depend_on_seed_and_index_alone() -> None:
 
 def test_it_loads_what_the_model_s_patch_makes() -> None:
     denoise = objective()
-    denoise.model.patch = 2
+    denoise.model.patch, denoise.model.grid = 2, (4, 4)
     batch: Batch = denoise.load(digits(), [3, 1], 7)
     assert isinstance(batch, Noisy) and (batch.rows, batch.length, batch.valid) == (2, 16, 32)
     assert torch.equal(batch.tokens, rows([3, 1], dtype=torch.float32).tokens)
@@ -155,24 +155,29 @@ def test_frames_have_times_of_their_own() -> None:
 
 @pytest.mark.parametrize("labels", [True, False])
 def test_texts_are_dropped_with_their_class(labels: bool) -> None:
-    words = np.ones((3, 5), np.float32)
-    clips = [Clip(np.zeros((1, 1, 4, 4), np.float32), 1, words)] * 200
+    words, pooled = np.ones((3, 5), np.float32), np.ones(4, np.float32)
+    clips = [Clip(np.zeros((1, 1, 4, 4), np.float32), 1, words, pooled)] * 200
     seen: list[Any] = []
 
     class Reader(nn.Module):
         def forward(
-            self, x: Tensor, positions: Tensor, t: Tensor, y: Any, attend: Any, text: Tensor
+            self, x: Tensor, positions: Tensor, t: Tensor, y: Any, attend: Any, **more: Any
         ) -> Tensor:
-            seen.append((y, text))
+            seen.append((y, more))
             return x
 
     denoise = Denoise(Reader(), process=RectifiedFlow(), dropout=0.4, labels=labels)
     noisy = denoise.noisy(collate(clips, range(200), patch=2, null=10))
     denoise.losses(noisy, lambda q, k, v, mask: q)
-    ((y, text),) = seen
+    ((y, more),) = seen
     assert (y is not None) == labels
-    assert torch.equal((text == 0).all((1, 2)), noisy.y == 10)
-    assert torch.equal((text == 1).all((1, 2)), noisy.y == 1) and 50 < int((noisy.y == 10).sum()) < 110
+    for name, dims in (("text", (1, 2)), ("pooled", (1,))):
+        assert torch.equal((more[name] == 0).all(dims), noisy.y == 10)
+        assert torch.equal((more[name] == 1).all(dims), noisy.y == 1)
+    # no text is one word of zeros
+    assert [n == 1 for n in more["lengths"]] == (noisy.y == 10).tolist() and 50 < more["lengths"].count(
+        1
+    ) < 110
 
 
 def packed(pad: float) -> Clean:
@@ -231,13 +236,19 @@ def test_packed_rows_are_their_samples_and_padding_is_nothing() -> None:
 
 
 def test_brick_order_changes_nothing() -> None:
-    denoise, layout = objective(), Single()
-    noisy = denoise.noisy(rows([0, 1]))
-    placement = layout.place(16, Full())
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    plain, bricks = (replace(noisy, order=o).held(layout, placement, CPU) for o in (None, order))
-    a, b = (denoise.losses(part, bind(layout, placement)) for part in (plain, bricks))
-    assert torch.equal(bricks.positions, order) and torch.allclose(a[:, order], b, rtol=1e-12)
+    denoise, bricks = objective(), objective(brick=[2, 2])
+    for each in (denoise, bricks):
+        each.model.grid, each.model.masks = (4, 4), (Full(),)
+    clean, layout = rows([0, 1]), Single()
+    found = []
+    for each in (denoise, bricks):
+        noisy = each.noisy(clean)
+        placement = place(layout, noisy, Full())
+        part = noisy.held(layout, placement, CPU)
+        losses = each.losses(part, bind(layout, placement))
+        found.append((part.positions, losses[:, part.positions.argsort()]))
+    assert found[1][0][:8].tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-12)
 
 
 def test_validation_is_fixed_and_knows_no_seed() -> None:

@@ -6,55 +6,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_module
-from numpy.typing import NDArray
-from omegaconf import DictConfig
 
-from jobs import Kept, Row, furthest, launch_of, values
-from longspan.train.checkpoint import Checkpoints
-from longspan.train.config import typed
-from longspan.train.job import build, processes
-from longspan.train.judge_clips import draw
-from longspan.train.loop import Loop, resume
-from longspan.train.preempt import Preempt
+from clip_jobs import STEPS, Trained, config, trained
+from jobs import furthest, values
 from world import RankFailed, Worlds
 
 pytest.importorskip("sklearn", reason="the digits need the extra images")
-STEPS = 4
-
-
-def config(*overrides: str, experiment: str = "vdit_moving_digits") -> DictConfig:
-    small = [
-        "track=none", "device=cpu", "model.dim=32", "model.layers=2", f"train.steps={STEPS}",
-        "train.micro_batch=4", "train.log_every=1", "checkpoint.every=2", "eval.every=2", "eval.samples=4",
-        "eval.final=4", "objective.judge.samples=4", "objective.judge.preview=4",
-        "objective.judge.sampler.steps=2",
-    ]  # fmt: skip
-    with initialize_config_module("longspan.conf", version_base="1.3"):
-        return typed(compose("train", overrides=[f"experiment={experiment}", *small, *overrides]))
-
-
-def trained(
-    rank: int, cfg: DictConfig, folder: Path, stop: int | None = None
-) -> tuple[list[Row], list[float], NDArray[np.float32]]:
-    """Steps from the checkpoint that is there on, held-out losses, and samples of the averaged weights."""
-    with processes(launch_of(rank), "cpu", 60.0) as device, Preempt() as preempt:
-        job = build(cfg, launch_of(rank), device)
-        checkpoints, record = Checkpoints(folder / "checkpoints"), Kept(rank, stop)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = resume(job, checkpoints, cfg.resume)
-        loop = Loop(job, record, checkpoints, preempt, state, folder)
-        loop.run()
-        with job.averaged():
-            judge = job.objective.judge()
-            clips = draw(job, judge.sampler, 6, 2.0).clips
-        return record.rows, [row["eval_loss"] for row in state.evals], clips
 
 
 @pytest.fixture(scope="module")
-def alone(
-    world: Worlds, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[Row], list[float], NDArray[np.float32]]:
+def alone(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return world(1)(trained, config("parallel=single"), tmp_path_factory.mktemp("alone"))[0]
 
 
@@ -73,7 +34,7 @@ WINDOW = ("mask=neighborhood", "mask.grid=[5,4,8]", "mask.window=[3,3,5]", "mask
     ids=["ring", "ulysses 3", "dp", "fsdp", "fsdp over dp"],
 )
 def test_a_diffusion_job_is_the_same_on_other_ranks(
-    world: Worlds, alone: tuple[list[Row], list[float], NDArray[np.float32]], tmp_path: Path, size: int,
+    world: Worlds, alone: Trained, tmp_path: Path, size: int,
     overrides: tuple[str, ...],
 ) -> None:  # fmt: skip
     rows, evals, clips = alone
@@ -91,9 +52,7 @@ def test_a_window_on_ranks_is_the_window_on_one(world: Worlds, tmp_path: Path) -
         assert np.abs(found[2] - one[2]).max() < 1e-4
 
 
-def test_a_run_goes_on_and_is_sampled_on_other_ranks(
-    world: Worlds, alone: tuple[list[Row], list[float], NDArray[np.float32]], tmp_path: Path
-) -> None:
+def test_a_run_goes_on_and_is_sampled_on_other_ranks(world: Worlds, alone: Trained, tmp_path: Path) -> None:
     begun = world(4)(trained, config("parallel=usp"), tmp_path, 2)
     assert len(begun[0][0]) == 2
     rest = world(2)(trained, config("parallel=ring"), tmp_path)

@@ -173,7 +173,6 @@ WRONG: list[tuple[Any, str]] = [
     (lambda: objective(dropout=1.0), "dropout is 1.0"),
     (lambda: objective(seed=-1), "seed is -1"),
     (lambda: split(torch.zeros(1, 1, 12), 4, 1), "12 features a token of 4"),
-    (lambda: learner(RectifiedFlow())[1], "learn_sigma is true"),
 ]
 
 

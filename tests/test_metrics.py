@@ -2,8 +2,10 @@
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image, ImageSequence
 
@@ -11,19 +13,19 @@ from longspan.train.data.digits import Digits
 from longspan.train.data.moving_digits import MovingDigits
 from longspan.train.diffusion.classify import DigitClassifier, motion
 from longspan.train.diffusion.grids import GUTTER, by_class, save_gif, save_png, tiled
-from longspan.train.diffusion.metrics import (
-    Gaussian,
-    frechet,
-    frechet_distance,
-    frechet_floor,
-    nearest,
-    pixels,
-)  # fmt: skip
+from longspan.train.diffusion.metrics import Features, Gaussian, Squares, frechet, nearest, pixels
+from longspan.train.diffusion.ruler import Ruler, Sampled
+
+Array = npt.NDArray[Any]
 
 
 @lru_cache
 def digits() -> Digits:
     return Digits()
+
+
+def frechet_distance(samples: Array, real: Array, features: Features = pixels) -> float:
+    return frechet(Gaussian.of(features(samples)), Gaussian.of(features(real)))
 
 
 @lru_cache
@@ -69,10 +71,40 @@ def test_frechet_takes_the_features_it_is_given() -> None:
         Gaussian.of(np.zeros((1, 3)))
 
 
+def test_squares_are_means_of_parts_of_any_size() -> None:
+    clips = np.random.default_rng(3).standard_normal((2, 3, 2, 5, 8))
+    found = Squares(side=2)(clips).reshape(2, 3, 2, 2, 2)
+    assert np.allclose(found[..., 0, 1], clips[..., :2, 4:].mean((3, 4)))
+    assert np.allclose(found[..., 1, 0], clips[..., 2:, :4].mean((3, 4)))
+    for side, said in ((0, "side is 0"), (6, "side is 6, but the clips have 5 x 8 pixels")):
+        with pytest.raises(ValueError, match=said):
+            Squares(side=side)(clips)
+
+
+def test_samples_are_measured_beside_the_floor() -> None:
+    held, labels = digits().held_out().arrays()
+    found = Sampled(1.0, held[:100], tuple(labels[:100].tolist()))
+    for features in (pixels, Squares(side=4)):
+        ruler = Ruler(digits(), "pixels" if features is pixels else features)
+        values = ruler.measure(found)
+        # held-out images are as far from the training images as held-out images are
+        assert values["frechet"] == values["frechet_floor"]
+        assert values["frechet"] == pytest.approx(
+            frechet_distance(held[:100], digits().arrays()[0], features)
+        )
+        assert values["accuracy"] > 0.95 and 1.9 < values["nearest"] < 2.3
+        real = ruler.real(100)
+        assert real == {name: value for name, value in values.items() if name != "frechet_floor"}
+    # samples of another size have features, but no neighbours and no classifier
+    large = Sampled(1.0, held[:9].repeat(2, 3).repeat(2, 4), (0,) * 9)
+    assert Ruler(digits()).measure(large) == {"count": 9}
+    assert set(ruler.measure(large)) == {"frechet", "frechet_floor", "count"}
+
+
 def test_real_digits_have_the_known_floor_and_distance() -> None:
     real, labels = digits().arrays()
     held, held_labels = digits().held_out().arrays()
-    floor = frechet_floor(held, real)
+    floor = frechet_distance(held, real)
     assert 0.3 < floor < 0.5
     distances, which = nearest(held, real)
     assert 2.0 < distances.mean() < 2.2

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from cells import build
 from longspan.kernels.mask import Full
 from longspan.parallel.single import Single
-from longspan.train.batch import bind
 from longspan.train.diffusion.generate import Request, generate
 from longspan.train.diffusion.samplers import DDIM, Ancestral, Euler, Heun, Sampler, chain_times, flow_times
 from longspan.train.objective.ddpm import Diffusion
@@ -152,20 +151,12 @@ SAMPLERS: list[tuple[Process, Sampler]] = [
 ]
 
 
-def samples(rank: int, size: int, name: str, case: int, order: bool = False) -> Tensor:
+def samples(rank: int, size: int, name: str, case: int, bricks: bool = False) -> Tensor:
     process, sampler = SAMPLERS[case]
     denoise = Denoise(Small().double(), process=process)
     layout = build(name, size) if size > 1 else Single()
-    placement = layout.place(7, Full())
-    return generate(
-        denoise,
-        sampler,
-        request(order=torch.tensor([3, 0, 6, 1, 2, 5, 4]) if order else None),
-        layout=layout,
-        placement=placement,
-        attend=bind(layout, placement),
-        device=CPU,
-    )
+    asked = request(bricks=((7,), (2,), (3,)) if bricks else None)
+    return generate(denoise, sampler, asked, layout=layout, mask=Full(), device=CPU)
 
 
 @pytest.mark.parametrize(
@@ -179,18 +170,15 @@ def test_ranks_sample_what_one_device_does(case: int, name: str, world: Worlds) 
 
 
 @pytest.mark.parametrize("case", range(len(SAMPLERS)))
-def test_order_of_tokens_does_not_matter(case: int) -> None:
-    plain, bricks = samples(0, 1, "", case), samples(0, 1, "", case, order=True)
+def test_bricks_do_not_matter(case: int) -> None:
+    plain, bricks = samples(0, 1, "", case), samples(0, 1, "", case, bricks=True)
     assert torch.allclose(plain, bricks, atol=1e-9)
 
 
 def made(asked: Request, case: int = 3) -> Tensor:
     process, sampler = SAMPLERS[case]
-    layout = Single()
-    placement = layout.place(7, Full())
     denoise = Denoise(Small().double(), process=process)
-    attend = bind(layout, placement)
-    return generate(denoise, sampler, asked, layout=layout, placement=placement, attend=attend, device=CPU)
+    return generate(denoise, sampler, asked, layout=Single(), mask=Full(), device=CPU)
 
 
 def test_a_sample_is_a_function_of_seed_and_index() -> None:
@@ -211,13 +199,11 @@ def test_guidance_goes_from_none_through_the_condition_and_beyond() -> None:
 
 def test_sampling_leaves_the_mode_and_the_gradients_alone() -> None:
     denoise = Denoise(Small(), process=RectifiedFlow()).train()
-    layout = Single()
-    placement = layout.place(7, Full())
-    settings: dict[str, Any] = {"layout": layout, "placement": placement, "device": CPU}
-    found = generate(denoise, Euler(steps=2), request(), attend=bind(layout, placement), **settings)
+    settings: dict[str, Any] = {"layout": Single(), "mask": Full(), "device": CPU}
+    found = generate(denoise, Euler(steps=2), request(), **settings)
     assert denoise.training and found.dtype == torch.float32 and not found.requires_grad
     with pytest.raises(ValueError, match="for ddpm, not RectifiedFlow"):
-        generate(denoise, DDIM(), request(), attend=bind(layout, placement), **settings)
+        generate(denoise, DDIM(), request(), **settings)
 
 
 WRONG: list[tuple[Any, str]] = [

@@ -257,8 +257,8 @@ def test_inputs_that_do_not_belong_are_refused() -> None:
     with pytest.raises(ValueError, match="model.text_dim is 0; it must be at least 1"):
         VideoDiT([4, 4], 2, 1, 8, 1, 1, 8, text_dim=0)
     two = made(Case("mmdit", "", GRID))
-    with pytest.raises(ValueError, match="the text needs a time of its own: text_t"):
-        two(x["tokens"], AT, x["t"][:, None].expand(2, 24), x["y"], dense, text=x["text"])
+    with pytest.raises(ValueError, match=r"text lengths are \(0, 3\); 2 rows need one each, from 1 to 3"):
+        two(*rest, x["y"], dense, text=x["text"], lengths=(0, 3))
     with pytest.raises(ValueError, match="pooled is missing, but the model is made for it"):
         two(*rest, x["y"], dense, text=x["text"])
     with pytest.raises(ValueError, match="model.double is 0, model.single 0: together at least 1 block"):
@@ -321,7 +321,7 @@ LAYOUTS = ["ring/contiguous", "ulysses", "s2-4/contiguous"]
 GRIDS = [(3, 4, 4), (5, 5, 5)]  # 48 tokens divide by 2, 3 and 4 ranks; 125 by none of them
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_compute_what_one_process_does(size: int, world: Worlds) -> None:
     """The output and every parameter's gradient, in float64: windows, full layers, text beside and joint."""
     layouts = LAYOUTS if size < 4 else [*LAYOUTS, "usp/zigzag"]

@@ -2,18 +2,20 @@
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch.distributed as dist
 from omegaconf import DictConfig
 
-from .config import Run, typed
+from .config import Run, made, typed
+from .diffusion.ruler import Ruler
+from .diffusion.samplers import Sampler
+from .drawing import check_sampling, denoise_of, draw
 from .entry import entry, guarded
 from .job import Launch, build, processes
-from .judge_clips import ClipJudge, Ruler, draw, grids
+from .judge_clips import ClipJudge, grids, on_first
 from .progress import Progress
 from .trained import config_of, load_weights
 
@@ -29,6 +31,9 @@ class Drawing:
     count: int = 100
     labels: list[int] = field(default_factory=list)
     guidance: float = 1.0
+    sampler: Any = None
+    steps: int | None = None
+    size: list[int] | None = None
     parallel: Any = None
 
 
@@ -53,14 +58,29 @@ def samples(cfg: DictConfig, launch: Launch) -> int:
             raise ValueError(f"run.dir={folder} trained a language model: take longspan sample")
         if bad := [label for label in cfg.labels if not 0 <= label < job.data.classes]:
             raise ValueError(f"labels holds {bad[0]}; the data's classes are 0 to {job.data.classes - 1}")
+        sampler = chosen(cfg, judge)
+        check_sampling(denoise_of(job), sampler, cfg.guidance)
         step = load_weights(folder, cfg.checkpoint, job.model, shown.note, averaged=job.ema is not None)
-        found = draw(job, judge.sampler, cfg.count, cfg.guidance, list(cfg.labels))
-        if dist.get_rank() == 0:
-            made = grids(found, folder, f"drawn-{step}-{cfg.guidance:g}")
-            values = Ruler(job.data).measure(found) if cfg.count > 1 else {}
-            rows = {"run": f"{folder}, step {step}", "pictures": ", ".join(map(str, made.values()))}
+        found = draw(job, sampler, cfg.count, cfg.guidance, list(cfg.labels), cfg.size)
+
+        def tell() -> None:
+            pictures = grids(found, folder, f"drawn-{step}-{cfg.guidance:g}")
+            values = Ruler(job.data, judge.features).measure(found) if cfg.count > 1 else {}
+            rows = {"run": f"{folder}, step {step}", "pictures": ", ".join(map(str, pictures.values()))}
             shown.summary(rows | {name: f"{value:.3f}" for name, value in values.items()})
+
+        on_first(job, tell)
     return 0
+
+
+def chosen(cfg: DictConfig, judge: ClipJudge) -> Sampler:
+    """The sampler that is asked for, by default the run's own, with as many steps as asked."""
+    sampler: Sampler = judge.sampler if cfg.sampler is None else made(cfg.sampler)
+    if cfg.steps is None:
+        return sampler
+    assert is_dataclass(sampler) and not isinstance(sampler, type)
+    steps: Any = {"steps": cfg.steps}
+    return replace(sampler, **steps)
 
 
 def main() -> None:

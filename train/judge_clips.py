@@ -1,68 +1,71 @@
 """What a diffusion model is worth: held-out loss at fixed times and noise, and samples, seen and measured."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from math import prod
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch.distributed as dist
 
-from ..models.patch import unpatchify
-from .batch import bind
-from .data.clip import Clips
-from .data.digits import Digits
-from .data.moving_digits import MovingDigits
-from .diffusion.batch import grid_of, token_shape, volume
-from .diffusion.classify import DigitClassifier, motion
-from .diffusion.generate import Request, generate
+from .data.clip import missing
 from .diffusion.grids import by_class, save_gif, save_png
-from .diffusion.metrics import frechet_distance, nearest
+from .diffusion.metrics import Features
+from .diffusion.ruler import Ruler, Sampled
 from .diffusion.samplers import Euler, Sampler
 from .diffusion.validate import validation_loss
+from .drawing import check_sampling, denoise_of, draw
 from .job import Job
 from .loop import Loop
 from .measure import autocast
+from .objective.denoise import Denoise
 from .pictures import loss_curve
 from .track import Metrics
 
-Array = npt.NDArray[Any]
-AT_ONCE = 100  # samples of a request: nothing depends on it
-MOST_PIXELS = 1024  # of a clip, beyond which pixels are no features for a Frechet distance
+Made = TypeVar("Made")
 COLUMNS = 10
-
-
-class Sampled(NamedTuple):
-    """Samples [n, C, F, H, W] at one guidance, and the classes that were asked for."""
-
-    guidance: float
-    clips: Array
-    labels: tuple[int, ...]
 
 
 class ClipJudge:
     """sampler: how samples are made. guidance: of classifier-free guidance, each measured by itself. samples:
     at the end; preview: at each evaluation while it trains, with the same noise every time; 0 makes none.
+    features: of clips for the Frechet distance: their pixels, if they are few, or an object that is called
+    with clips [n, C, F, H, W], such as `diffusion.metrics.Squares`.
     """
 
     def __init__(
         self, *, sampler: Sampler | None = None, guidance: Sequence[float] = (1.0,), samples: int = 100,
-        preview: int = 0,
+        preview: int = 0, features: Literal["pixels"] | Features = "pixels",
     ) -> None:  # fmt: skip
         if samples < 0 or preview < 0:
             raise ValueError(
                 f"objective.judge.samples is {samples}, preview {preview}; both must be at least 0"
             )
+        if not guidance and (samples or preview):
+            raise ValueError(
+                "objective.judge.guidance is empty: give at least one, such as [1.0], or set samples and "
+                "preview to 0"
+            )
+        if features != "pixels" and not callable(features):
+            raise ValueError(f"objective.judge.features is {features!r}; it can be pixels, or a _target_")
         self.sampler, self.guidance = sampler or Euler(), tuple(guidance)
-        self.samples, self.preview = samples, preview
+        self.samples, self.preview, self.features = samples, preview, features
+
+    def check(self, objective: Denoise) -> None:
+        """ValueError for samples that cannot be made of such a model, ModuleNotFoundError for pictures
+        that cannot.
+        """
+        if self.samples or self.preview:
+            for guidance in self.guidance:
+                check_sampling(objective, self.sampler, guidance)
+            if find_spec("PIL") is None:
+                raise missing("pillow", "a picture of samples")
 
     def held_out(self, job: Job, samples: int) -> dict[str, float]:
         with autocast(job):
             losses = validation_loss(
-                _denoise(job), job.data.held_out(), samples, patch=job.model.patch, layout=job.layout,
-                mask=job.mask, device=job.device, part=(job.dp_rank, job.dp),
+                denoise_of(job), job.data.held_out(), samples, patch=job.model.patch, grid=job.model.grid,
+                layout=job.layout, mask=job.mask, device=job.device, part=(job.dp_rank, job.dp),
             )  # fmt: skip
         return {"eval_loss": float(losses.mean())}
 
@@ -74,31 +77,39 @@ class ClipJudge:
         if not self.preview:
             return {}
         found = draw(job, self.sampler, self.preview, self.guidance[0])
-        (folder / "samples").mkdir(exist_ok=True)
-        return grids(found, folder / "samples", f"step-{step:08d}") if dist.get_rank() == 0 else {}
+
+        def save() -> dict[str, Path]:
+            (folder / "samples").mkdir(exist_ok=True)
+            return grids(found, folder / "samples", f"step-{step:08d}")
+
+        return on_first(job, save) or {}
 
     def facts(self, job: Job) -> str:
-        told = job.data.describe()
-        shape = " x ".join(map(str, job.data.shape(0)))
-        return f"{told.get('corpus', '?')}: {len(job.data)} clips of {shape}, {job.context} tokens each"
+        told, shapes = job.data.describe(), job.data.traits.shapes
+        shape = " or ".join(" x ".join(map(str, shape)) for shape in shapes[:3])
+        more = f" or {len(shapes) - 3} others" if len(shapes) > 3 else ""
+        return (
+            f"{told.get('corpus', '?')}: {len(job.data)} clips of {shape}{more}, up to {job.context} tokens"
+        )
 
     def finish(self, loop: Loop, folder: Path, samples: int) -> dict[str, Any]:
-        job, summary = loop.job, dict[str, Any]()
+        job, summary, measured = loop.job, dict[str, Any](), {}
         if samples:
             loop.evaluate(samples)
             summary["held_out_loss"] = loop.state.evals[-1]["eval_loss"]
-        measured = {}
-        ruler = Ruler(job.data) if self.samples and self.guidance and dist.get_rank() == 0 else None
-        for guidance in self.guidance if self.samples else ():
+        wanted = self.guidance if self.samples else ()
+        ruler = on_first(job, lambda: Ruler(job.data, self.features)) if wanted else None
+        for guidance in wanted:
             found = draw(job, self.sampler, self.samples, guidance)
-            if ruler is not None:
-                measured[f"{guidance:g}"] = ruler.measure(found)
-                for name, path in grids(found, folder, f"samples-{guidance:g}").items():
+            made = on_first(job, lambda found=found: _measured(ruler, found, folder))  # type: ignore[misc]
+            if made is not None:
+                measured[f"{guidance:g}"] = made[0]
+                for name, path in made[1].items():
                     loop.record.picture(name, path)
-        if dist.get_rank() == 0:
-            if ruler is not None:
-                summary |= {"samples": measured, "real": ruler.real(self.samples)}
-            _curve(loop, folder)
+        real = on_first(job, lambda: ruler.real(self.samples) if ruler is not None else {})
+        if measured:
+            summary |= {"samples": measured} | ({"real": real} if real else {})
+        on_first(job, lambda: _curve(loop, folder))
         return summary
 
     def headline(self, summary: Mapping[str, Any], folder: Path) -> dict[str, str]:
@@ -112,79 +123,15 @@ class ClipJudge:
         return rows | {"try it": f"longspan draw run.dir={folder} labels=[0,1,2] guidance=2"}
 
 
-def draw(job: Job, sampler: Sampler, count: int, guidance: float, labels: Sequence[int] = ()) -> Sampled:
-    """`count` samples of the present weights, of all classes in turn or of these labels; whole on every rank.
-
-    Each dp rank makes a part; the noise of sample i is a function of the seed and i.
-    """
-    data: Clips = job.data
-    wanted = tuple(labels[i % len(labels)] if labels else i % data.classes for i in range(count))
-    shape, patch = data.shape(0), job.model.patch
-    placement = job.layout.place(token_shape(shape, patch)[0], job.mask)
-    parts: dict[int, Array] = {}
-    starts = range(0, count, AT_ONCE)
-    for turn in range(job.dp_rank, -(-len(starts) // job.dp) * job.dp, job.dp):
-        # weights may be gathered over dp: who has no part left makes the last one again
-        first = starts[min(turn, len(starts) - 1)]
-        request = Request(
-            wanted[first : first + AT_ONCE], token_shape(shape, patch), data.classes, shape[0],
-            seed=job.cfg.seed, first=first, guidance=guidance,
-        )  # fmt: skip
-        with autocast(job):
-            tokens = generate(
-                _denoise(job), sampler, request, layout=job.layout, placement=placement,
-                attend=bind(job.layout, placement), device=job.device,
-            )  # fmt: skip
-        if turn < len(starts):
-            parts[first] = unpatchify(tokens, grid_of(shape, patch), volume(patch)).float().numpy()
-    if job.dp > 1:
-        each: list[dict[int, Array]] = [{} for _ in range(job.dp)]
-        dist.all_gather_object(each, parts, group=job.mesh["dp"].get_group())
-        parts = {first: clips for found in each for first, clips in found.items()}
-    return Sampled(guidance, np.concatenate([parts[first] for first in sorted(parts)]), wanted)
+def on_first(job: Job, work: Callable[[], Made]) -> Made | None:
+    """Runs `work` on rank 0 alone, and returns what it gave there; what fails there fails on all ranks."""
+    return job.ranks.together(lambda: work() if dist.get_rank() == 0 else None)
 
 
-class Ruler:
-    """What samples are held against, made once of the training data: an independent classifier, where there
-    is one, and, for small clips, the clips themselves.
-    """
-
-    def __init__(self, data: Clips) -> None:
-        self.data = data
-        digits = data.digits if isinstance(data, MovingDigits) else data
-        self._classifier = DigitClassifier(digits) if isinstance(digits, Digits) else None
-        small = prod(data.shape(0)) <= MOST_PIXELS
-        self._there = np.stack([data.item(i).pixels for i in range(len(data))]) if small else None
-
-    def measure(self, found: Sampled) -> dict[str, float]:
-        """Conditional accuracy, the Frechet distance of pixels, and the mean distance to the nearest clip."""
-        values = self._accuracy(found.clips, np.array(found.labels))
-        if self._there is not None:
-            values["frechet"] = frechet_distance(found.clips, self._there)
-            values["nearest"] = float(nearest(found.clips, self._there)[0].mean())
-        return values | {"count": len(found.clips)}
-
-    def real(self, count: int) -> dict[str, float]:
-        """The same of as many held-out clips: what no model is expected to beat."""
-        held = self.data.held_out()
-        there = [held.item(i) for i in range(min(count, len(held)))]
-        return self.measure(Sampled(1.0, np.stack([c.pixels for c in there]), tuple(c.label for c in there)))
-
-    def _accuracy(self, clips: Array, labels: Array) -> dict[str, float]:
-        """Shares of clips that are what was asked for."""
-        if self._classifier is None:
-            return {}
-        if not isinstance(self.data, MovingDigits):
-            return {"accuracy": self._classifier.accuracy(clips, labels)}
-        found = motion(clips, labels, self._classifier, speed=self.data.speed)
-        return {
-            "accuracy": found.both, "digit": found.digit, "direction": found.direction,
-            "jitter": found.jitter,
-        }  # fmt: skip
-
-
-def _denoise(job: Job) -> Any:
-    return job.objective
+def _measured(ruler: Ruler | None, found: Sampled, folder: Path) -> tuple[dict[str, float], dict[str, Path]]:
+    """Rank 0: measures and pictures of samples."""
+    assert ruler is not None
+    return ruler.measure(found), grids(found, folder, f"samples-{found.guidance:g}")
 
 
 def grids(found: Sampled, folder: Path, name: str) -> dict[str, Path]:

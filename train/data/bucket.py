@@ -5,10 +5,8 @@ from collections.abc import Callable
 import numpy as np
 
 from .check import whole
-from .clip import Clips
+from .clip import Clips, Shape
 from .packed import permutation
-
-Shape = tuple[int, int, int, int]
 
 
 class Buckets:
@@ -29,7 +27,7 @@ class Buckets:
 
     def __init__(self, data: Clips, *, tokens: Callable[[Shape], int], budget: int, seed: int = 0) -> None:
         self._data, self._tokens, self._seed = data, tokens, seed
-        self._budget = whole("data.budget", budget, 1)
+        self._budget = whole("data.buckets", budget, 1)
         self._epoch, self._batches = 0, self._dealt(0)
 
     def __len__(self) -> int:
@@ -55,7 +53,7 @@ class Buckets:
             each = self._budget // self._tokens(shape)
             if not each:
                 raise ValueError(
-                    f"data.budget={self._budget} holds no clip of shape {shape}, which has "
+                    f"data.buckets={self._budget} holds no clip of shape {shape}, which has "
                     f"{self._tokens(shape)} tokens: raise it"
                 )
             batches += [items[at : at + each] for at in range(0, len(items), each)]

@@ -6,7 +6,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .check import whole
+
 Floats = npt.NDArray[np.float32]
+Shape = tuple[int, int, int, int]  # channels, frames, height, width
 
 
 @dataclass(frozen=True)
@@ -16,18 +19,48 @@ class Clip:
     Attributes:
         pixels: float32 `[channels, frames, height, width]`, -1 (black) to 1; latents have their own range.
         label: Class, from 0.
-        text: Embedding of a text, float32 `[words, width]`, or None.
+        text: Embedding of a text, float32 `[words, width]` of at least one word, or None.
+        pooled: One vector for the whole text, float32 `[width]`, or None.
     """
 
     pixels: Floats
     label: int
     text: Floats | None = None
+    pooled: Floats | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> Shape:
         """Channels, frames, height, width."""
         channels, frames, height, width = self.pixels.shape
         return channels, frames, height, width
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the clips of a set have in common, and how those of several shapes come together.
+
+    Attributes:
+        shapes: Every shape that occurs.
+        text, pooled: Width of a text's embeddings, and of its one vector; None: there are none.
+        buckets: Most patch tokens of a batch, whose clips are of one shape; an index is a batch then.
+        pack: Tokens of a row that holds several clips, which do not see each other; an index is a row then.
+
+    Raises:
+        ValueError: `buckets` or `pack` is out of its range, or both are set.
+    """
+
+    shapes: tuple[Shape, ...]
+    text: int | None = None
+    pooled: int | None = None
+    buckets: int | None = None
+    pack: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("buckets", "pack"):
+            if (value := getattr(self, name)) is not None:
+                whole(f"data.{name}", value, 1)
+        if self.buckets is not None and self.pack is not None:
+            raise ValueError(f"data.buckets={self.buckets}, data.pack={self.pack}: set one of them to null")
 
 
 class Clips(Protocol):
@@ -38,6 +71,11 @@ class Clips(Protocol):
         """Number of classes; the class of this number stands for none (classifier-free guidance)."""
         ...
 
+    @property
+    def traits(self) -> Traits:
+        """What all clips have in common."""
+        ...
+
     def __len__(self) -> int:
         """Clips in an epoch."""
         ...
@@ -46,7 +84,7 @@ class Clips(Protocol):
         """The clip with this global index (any index >= 0), a pure function of it."""
         ...
 
-    def shape(self, index: int) -> tuple[int, int, int, int]:
+    def shape(self, index: int) -> Shape:
         """The shape of `item(index)`, without reading it."""
         ...
 

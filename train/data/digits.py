@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .check import fraction, whole
-from .clip import Clip, Floats, missing
+from .clip import Clip, Floats, Traits, missing
 from .order import Parted, split
 from .sample import Ints
 
@@ -29,6 +29,7 @@ class Digits(Parted):
     """
 
     classes = CLASSES
+    traits = Traits(((1, 1, SIDE, SIDE),))
 
     def __init__(self, *, seed: int = 0, held_out: float = 0.2) -> None:
         seed = whole("data.seed", seed, 0)

@@ -13,7 +13,7 @@ import numpy as np
 from ..objective.noise import Key, Stream, bits
 from .archive import Blob, Files, groups, listing
 from .check import fraction, switch, whole
-from .clip import Clip, Floats
+from .clip import Clip, Floats, Traits
 from .corpus import Bad
 from .index import Index, kept
 from .order import Parted
@@ -38,6 +38,7 @@ class Images(Parted):
         cache: Folder for the list of what is good, made when the files are first read.
         held_out: Share of the images that is held out.
         bad_budget: Share of the records that may be bad. Up to 10 are always skipped, unless this is 0.
+        buckets, pack: How images of several sizes come together, as in `Traits`.
 
     Raises:
         FileNotFoundError: There is nothing at `path`.
@@ -55,6 +56,8 @@ class Images(Parted):
         cache: str | os.PathLike[str],
         held_out: float = 0.05,
         bad_budget: float = 0.01,
+        buckets: int | None = None,
+        pack: int | None = None,
     ) -> None:
         if channels not in _MODES:
             raise ValueError(f"data.channels={channels!r} must be 1 or 3")
@@ -70,6 +73,8 @@ class Images(Parted):
         super().__init__(self._index.split(fraction("data.held_out", held_out, ends=False)), seed)
         self._names = sorted({row["class"] for row in self._index.rows if isinstance(row["class"], str)})
         self.classes = self._count()
+        found = sorted({self._size(row) for row in self._index.rows})
+        self.traits = Traits(tuple((channels, 1, *size) for size in found), buckets=buckets, pack=pack)
 
     def _count(self) -> int:
         numbers = [row["class"] for row in self._index.rows if isinstance(row["class"], int)]
@@ -104,6 +109,9 @@ class Images(Parted):
             "classes": self.classes,
             "sizes": [list(size) for size in self._sizes],
             "channels": self._channels,
+            "flip": self._flip,
+            "buckets": self.traits.buckets,
+            "pack": self.traits.pack,
             "samples": len(self),
         }
 

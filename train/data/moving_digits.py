@@ -7,7 +7,7 @@ import numpy as np
 
 from ..objective.noise import Key, Stream, bits
 from .check import whole
-from .clip import Clip
+from .clip import Clip, Traits
 from .digits import CLASSES, SIDE, Digits
 from .order import Order, Part
 
@@ -51,6 +51,7 @@ class MovingDigits:
             raise ValueError(
                 f"data.width={width} is too narrow: {frames} frames at {speed} pixels a frame need {needed}"
             )
+        self.traits = Traits(((1, frames, height, width),))
         self._seed = seed
         self._take(Digits(seed=seed, held_out=held_out), "train")
 

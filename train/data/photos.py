@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..objective.noise import Key, Stream, bits
 from .check import fraction, whole
-from .clip import Clip, missing
+from .clip import Clip, Traits, missing
 from .order import Part
 
 _NAMES = ("china.jpg", "flower.jpg")
@@ -47,6 +47,7 @@ class Photos:
         if len(size) != 2:
             raise ValueError(f"data.size={list(size)} must be height and width")
         self.size = whole("data.size", size[0], 1), whole("data.size", size[1], 1)
+        self.traits = Traits(((3, 1, *self.size),))
         self._samples, self._seed = whole("data.samples", samples, 1), whole("data.seed", seed, 0)
         photos = _shrunk(_load(), whole("data.shrink", shrink, 1))
         self._sha256 = hashlib.sha256(photos.tobytes()).hexdigest()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Array = npt.NDArray[Any]
 
@@ -37,6 +38,16 @@ class TensorFile:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._arrays[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What an array is stored as."""
+        if name in self._bfloat16:
+            return torch.bfloat16
+        return torch.from_numpy(np.empty(0, self._arrays[name].dtype)).dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole array as it is stored, in memory."""
+        return torch.from_numpy(np.array(self._arrays[name])).view(self.dtype(name))
 
     def row(self, name: str, i: int) -> Array:
         """Row i of an array, in memory."""

@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from ...kernels.mask import Documents, Mask, Offsets
+from ...models.grids import regridded
 from ...models.patch import axes, patch_grid, patchify
+from ...parallel.bricks import bricked
 from ...parallel.layout import Layout, positions
 from ...parallel.placement import Placement
-from ..data.clip import Clip, Clips, Floats
+from ..data.clip import Clip, Clips, Shape
+from .text import Text
+
+Grid = tuple[int, ...]
 
 # The member of a padding token.
 PADDING = -1
@@ -32,7 +37,8 @@ class Clean:
         channels: Of the data; within a token the channel runs fastest.
         frames: Frames of patches of a sample; 1 in packed rows.
         offsets: Starts of the samples in packed rows (see `Documents`); None: a row is one sample.
-        text: Embeddings of a text, float32 [B, J, E], or None.
+        text: The rows' texts, or None.
+        grids: The model's grid and that of the samples, where it is another one; `positions` are in it then.
     """
 
     tokens: Tensor
@@ -44,7 +50,8 @@ class Clean:
     channels: int
     frames: int = 1
     offsets: Offsets | None = None
-    text: Tensor | None = None
+    text: Text | None = None
+    grids: tuple[Grid, Grid] | None = None
 
     def sizes(self) -> Tensor:
         """Tokens of each of a row's samples, int64 [B, M]."""
@@ -61,10 +68,9 @@ class Noisy:
         real: Whether a token is no padding, bool [B, N].
         t: Times of the process, float32 [B] or, where tokens differ, [B, N].
         y: Classes, int64 [B] or [B, N]; the null class where the condition was dropped.
-        positions: Row-major places in the model's grid, int64 [N] or [B, N].
-        channels, offsets, text: As in `Clean`; the text is zero where the condition was dropped.
-        order: The row-major token at each place of the sequence, int64 [T], where the sequence is not
-            row-major (bricks); the model is told row-major positions all the same. None once it is held.
+        positions: Row-major places in the samples' grid, int64 [N] or [B, N].
+        channels, offsets, text, grids: As in `Clean`; where the condition was dropped, the text is none.
+        bricks: Grid, brick and dilation, where ranks hold the tokens brick after brick (see `bricked`).
     """
 
     tokens: Tensor
@@ -75,8 +81,9 @@ class Noisy:
     positions: Tensor
     channels: int
     offsets: Offsets | None = None
-    text: Tensor | None = None
-    order: Tensor | None = None
+    text: Text | None = None
+    grids: tuple[Grid, Grid] | None = None
+    bricks: tuple[Grid, Grid, Grid] | None = None
 
     @property
     def rows(self) -> int:
@@ -94,15 +101,21 @@ class Noisy:
         return int(self.real.sum())
 
     def mask(self, inner: Mask) -> Mask:
-        """What `inner` becomes for these rows: packed samples do not see each other."""
+        """What `inner` becomes for these rows: packed samples do not see each other, and a neighbourhood is
+        one in the samples' own grid.
+        """
+        inner = inner if self.grids is None else regridded(inner, *self.grids)
         return inner if self.offsets is None else Documents(self.offsets, inner=inner)
+
+    def placed(self, placement: Placement) -> Placement:
+        """The placement with these rows' order of tokens: positions stay row-major."""
+        return placement if self.bricks is None else bricked(placement, *self.bricks)
 
     def held(self, layout: Layout, placement: Placement, device: torch.device) -> "Noisy":
         """The shard of this rank, on `device`."""
         if placement.length != self.length:
             raise ValueError(f"rows of {self.length} tokens, but the placement is for {placement.length}")
-        at = positions(layout, placement)
-        chosen = at if self.order is None else self.order[at]
+        chosen = positions(layout, placement)
 
         def cut(x: Tensor) -> Tensor:
             return x.index_select(1, chosen).to(device)
@@ -117,22 +130,28 @@ class Noisy:
             self.channels,
             self.offsets,
             None if self.text is None else self.text.to(device),
+            self.grids,
         )
 
 
-def collate(clips: Sequence[Clip], indices: Sequence[int], *, patch: int | Sequence[int], null: int) -> Clean:
+def collate(
+    clips: Sequence[Clip], indices: Sequence[int], *, patch: int | Sequence[int], null: int,
+    grid: Sequence[int] | None = None,
+) -> Clean:  # fmt: skip
     """Clips of one shape, each a row. patch: of the model, two axes for images or three for video, or one
-    number.
+    number. grid: the model's, None for that of the clips.
 
     Raises:
         ValueError: The clips differ in shape, or a size is no multiple of the patch.
     """
     if len(shapes := {clip.shape for clip in clips}) > 1:
-        raise ValueError(f"clips of shapes {sorted(shapes)} are in one batch; one batch needs one shape")
+        raise ValueError(
+            f"clips of shapes {sorted(shapes)} are in one batch; one batch needs one shape: set data.buckets "
+            f"to the tokens of a batch, or data.pack to those of a row"
+        )
     pixels = torch.from_numpy(np.stack([clip.pixels for clip in clips]))
-    steps = volume(patch)
-    tokens = patchify(pixels, steps)
-    text = None if clips[0].text is None else torch.from_numpy(np.stack([_text(clip) for clip in clips]))
+    tokens = patchify(pixels, volume(patch))
+    own = grid_of(clips[0].shape, patch)
     return Clean(
         tokens,
         torch.tensor([[clip.label] for clip in clips]),
@@ -141,13 +160,24 @@ def collate(clips: Sequence[Clip], indices: Sequence[int], *, patch: int | Seque
         tuple(indices),
         null,
         pixels.shape[1],
-        frames=patch_grid(pixels.shape[2:], steps)[0],
-        text=text,
+        frames=own[0],
+        text=Text.of(clips),
+        grids=grids_of(clips[0].shape, patch, own if grid is None else grid),
     )
 
 
-def load(data: Clips, indices: Sequence[int], patch: int | Sequence[int]) -> Clean:
-    return collate([data.item(i) for i in indices], indices, patch=patch, null=data.classes)
+def grids_of(shape: Shape, patch: int | Sequence[int], grid: Sequence[int]) -> tuple[Grid, Grid] | None:
+    """The model's grid and that of clips of this shape along as many axes; None if they are the same."""
+    own = grid_of(shape, patch)[-len(grid) :]
+    return None if own == tuple(grid) else (tuple(grid), own)
+
+
+def load(
+    data: Clips, indices: Sequence[int], patch: int | Sequence[int], grid: Sequence[int] | None = None
+) -> Clean:
+    """The clips with these global indices, as `collate` says."""
+    clips = [data.item(i) for i in indices]
+    return collate(clips, indices, patch=patch, null=data.classes, grid=grid)
 
 
 def volume(patch: int | Sequence[int]) -> tuple[int, ...]:
@@ -166,8 +196,3 @@ def grid_of(shape: Sequence[int], patch: int | Sequence[int]) -> tuple[int, int,
 def token_shape(shape: Sequence[int], patch: int | Sequence[int]) -> tuple[int, int]:
     """Tokens of a clip of this shape, and the width of one."""
     return prod(grid_of(shape, patch)), prod(volume(patch)) * shape[0]
-
-
-def _text(clip: Clip) -> Floats:
-    assert clip.text is not None
-    return clip.text

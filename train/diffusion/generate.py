@@ -5,13 +5,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...kernels.mask import Mask
 from ...models.block import Attends
 from ...parallel.layout import Layout, unshard
-from ...parallel.placement import Placement
+from ..batch import bind, place
 from ..objective.denoise import Denoise
 from ..objective.noise import Key, Stream, normal
-from .batch import Noisy
+from .batch import Grid, Noisy
 from .samplers import Predict, Sampler
+from .text import Text
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class Request:
         channels: Of the data.
         seed, first: The noise of sample i is a function of `seed` and `first + i` alone.
         guidance: Of classifier-free guidance (Ho and Salimans 2022): 1 is none, 0 unconditional.
-        text: Embeddings of a text, float32 [B, J, E], or None.
-        order: Of the tokens in the sequence, as in `Noisy`.
+        text: Of each sample, or None.
+        grids, bricks: As in `Noisy`.
     """
 
     labels: tuple[int, ...]
@@ -36,8 +38,9 @@ class Request:
     seed: int = 0
     first: int = 0
     guidance: float = 1.0
-    text: Tensor | None = None
-    order: Tensor | None = None
+    text: Text | None = None
+    grids: tuple[Grid, Grid] | None = None
+    bricks: tuple[Grid, Grid, Grid] | None = None
 
     def noise(self, step: int) -> Tensor:
         """Noise of whole samples in this step of the solver (0: the start), float32 [B, T, D]."""
@@ -57,7 +60,8 @@ class Request:
             torch.arange(self.shape[0]),
             self.channels,
             text=self.text,
-            order=self.order,
+            grids=self.grids,
+            bricks=self.bricks,
         )
 
 
@@ -68,17 +72,16 @@ def generate(
     request: Request,
     *,
     layout: Layout,
-    placement: Placement,
-    attend: Attends,
+    mask: Mask,
     device: torch.device,
 ) -> Tensor:
     """Samples [B, T, D] in row-major order, whole on every rank and on the CPU, of the present weights
-    (see `EMA.applied`).
-
-    attend: the attention of these samples, bound to layout and placement.
+    (see `EMA.applied`). mask: of the model.
     """
     sampler.check(denoise.process)
-    part = request.rows(0).held(layout, placement, device)
+    rows = request.rows(0)
+    placement = place(layout, rows, mask)
+    attend, part = bind(layout, placement), rows.held(layout, placement, device)
     double = next(denoise.parameters()).dtype == torch.float64
 
     def fresh(step: int) -> Tensor:
@@ -91,8 +94,7 @@ def generate(
         x = sampler(guided(denoise, part, request, attend), fresh, denoise.process, request.shape[0])
     finally:
         denoise.train(was)
-    whole = unshard(layout, x, placement, 1).cpu()
-    return whole if request.order is None else whole[:, request.order.argsort()]
+    return unshard(layout, x, placement, 1).cpu()
 
 
 def guided(denoise: Denoise, part: Noisy, request: Request, attend: Attends) -> Predict:
@@ -100,7 +102,7 @@ def guided(denoise: Denoise, part: Noisy, request: Request, attend: Attends) -> 
     bare = replace(
         part,
         y=torch.full_like(part.y, request.null),
-        text=None if part.text is None else torch.zeros_like(part.text),
+        text=None if part.text is None else part.text.none(),
     )
 
     def say(rows: Noisy, x: Tensor, t: float) -> tuple[Tensor, Tensor | None]:

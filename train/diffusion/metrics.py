@@ -19,6 +19,27 @@ def pixels(clips: Array) -> Doubles:
 
 
 @dataclass(frozen=True)
+class Squares:
+    """Features of clips of any size: the mean of each frame's pixels over `side` x `side` equal squares."""
+
+    side: int = 8
+
+    def __post_init__(self) -> None:
+        if self.side < 1:
+            raise ValueError(f"features: side is {self.side}; it must be at least 1")
+
+    def __call__(self, clips: Array) -> Doubles:
+        """[n, C, F, H, W] -> float64 [n, C F side side]; ValueError if a clip is smaller."""
+        high, wide = clips.shape[3:]
+        if min(high, wide) < self.side:
+            raise ValueError(f"features: side is {self.side}, but the clips have {high} x {wide} pixels")
+        rows, columns = ([n * i // self.side for i in range(self.side)] for n in (high, wide))
+        sums = np.add.reduceat(np.add.reduceat(clips.astype(np.float64), rows, 3), columns, 4)
+        counts = np.outer(np.diff([*rows, high]), np.diff([*columns, wide]))
+        return pixels(sums / counts)
+
+
+@dataclass(frozen=True)
 class Gaussian:
     """Mean float64 [d] and covariance [d, d] of features."""
 
@@ -40,7 +61,8 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
     """|mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2)) (Dowson and Landau 1982).
 
     The root's trace is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which are real and found
-    in float64 also where a covariance is singular; a general matrix root is neither.
+    in float64 also where a covariance is singular; a general matrix root is neither. Of samples it falls with
+    their number: compare at one, and with that of as many held-out clips.
     """
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
@@ -48,16 +70,6 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
     shared = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2.0).clip(min=0.0)).sum()
     apart = float(((a.mean - b.mean) ** 2).sum())
     return apart + float(np.trace(a.covariance) + np.trace(b.covariance) - 2.0 * shared)
-
-
-def frechet_distance(samples: Array, real: Array, features: Features = pixels) -> float:
-    """Of two sets of clips [n, ...]. It falls with n: compare at one n, and with `frechet_floor`."""
-    return frechet(Gaussian.of(features(samples)), Gaussian.of(features(real)))
-
-
-def frechet_floor(held_out: Array, real: Array, features: Features = pixels) -> float:
-    """What real images that were held out have: no generator is expected to come below."""
-    return frechet_distance(held_out, real, features)
 
 
 def nearest(samples: Array, real: Array, chunk: int = 256) -> tuple[Doubles, npt.NDArray[np.int64]]:

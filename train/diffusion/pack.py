@@ -20,8 +20,8 @@ class Rows:
     Args:
         data: Clips whose shapes may differ.
         patch: Of the model.
-        grid: The model's: frames, rows and columns of patches. No clip may be larger.
-        context: Tokens of a row.
+        grid: The model's: rows and columns of patches, and before them frames. No clip may be larger.
+        context: Tokens of a row (`data.pack`).
         seed: Of the order of the rows.
 
     Raises:
@@ -33,12 +33,14 @@ class Rows:
         data: Clips,
         *,
         patch: int | Sequence[int],
-        grid: tuple[int, int, int],
+        grid: Sequence[int],
         context: int,
         seed: int = 0,
     ) -> None:
-        self._data, self._patch, self._grid, self._seed = data, patch, grid, seed
-        self.context = whole("data.context", context, 1)
+        self._data, self._patch, self._seed = data, patch, seed
+        # an image is a clip of one frame
+        self._grid = (*(1,) * (3 - len(grid)), *grid)
+        self.context = whole("data.pack", context, 1)
         self._epoch, self._rows = 0, self._dealt(0)
 
     def __len__(self) -> int:
@@ -72,7 +74,7 @@ class Rows:
         shape = self._data.shape(index)
         tokens = token_shape(shape, self._patch)[0]
         if tokens > self.context:
-            raise ValueError(f"data.context={self.context} holds no clip of {shape}: it has {tokens} tokens")
+            raise ValueError(f"data.pack={self.context} holds no clip of {shape}: it has {tokens} tokens")
         _check_grid(grid_of(shape, self._patch), self._grid)
         return tokens
 
@@ -82,7 +84,7 @@ def pack(
     indices: Sequence[int],
     *,
     patch: int | Sequence[int],
-    grid: tuple[int, int, int],
+    grid: tuple[int, ...],
     context: int,
     null: int,
 ) -> Clean:
@@ -117,14 +119,14 @@ def _tokens(clip: Clip, patch: int | Sequence[int]) -> Tensor:
     return patchify(torch.from_numpy(clip.pixels)[None], volume(patch))[0]
 
 
-def _corner(own: tuple[int, int, int], grid: tuple[int, int, int]) -> Tensor:
+def _corner(own: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
     """Row-major places, in the model's grid, of a clip's patches: int64 [tokens]."""
     _check_grid(own, grid)
     frames, rows, columns = (torch.arange(n) for n in own)
     return ((frames[:, None, None] * grid[1] + rows[:, None]) * grid[2] + columns).flatten()
 
 
-def _check_grid(own: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
+def _check_grid(own: tuple[int, ...], grid: tuple[int, ...]) -> None:
     if any(a > b for a, b in zip(own, grid, strict=True)):
         raise ValueError(
             f"a clip of {own} patches is larger than the model's grid of {grid}: raise model.size"

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from ...kernels.mask import Mask
 from ...parallel.layout import Layout
-from ..batch import bind
+from ..batch import bind, place
 from ..data.clip import Clips
 from ..objective.denoise import Denoise
-from .batch import load
+from .batch import load, token_shape
 
 TIMES = 8
-# Samples at once: nothing depends on it.
+# Samples at once, and tokens: nothing depends on it.
 _MICRO = 16
+_TOKENS = 32_768
 
 
 def validation_loss(
@@ -25,6 +26,7 @@ def validation_loss(
     samples: int,
     *,
     patch: int | Sequence[int],
+    grid: Sequence[int] | None = None,
     layout: Layout,
     mask: Mask,
     device: torch.device,
@@ -35,20 +37,22 @@ def validation_loss(
 
     float64 [times], the same on every rank; its mean is one number for all.
 
-    part: this rank's place among those that take other samples (dp), and their number.
+    patch, grid: of the model. part: this rank's place among those that take other samples (dp), and their
+    number.
     """
     rank, ranks = part
     sums = torch.zeros(2, times, dtype=torch.float64)
     was = denoise.training
     denoise.eval()
-    each = [list(_alike(data, range(r, min(samples, len(data)), ranks))) for r in range(ranks)]
+    held = min(samples, len(data))
+    each = [list(_alike(data, range(r, held, ranks), patch)) for r in range(ranks)]
     for turn in range(max(map(len, each))):
         # weights may be gathered over dp: who has no batch left takes another one, uncounted
         counted = turn < len(each[rank])
-        clean = load(data, each[rank if counted else 0][turn], patch)
+        clean = load(data, each[rank if counted else 0][turn], patch, grid)
         for number in range(times):
             rows = denoise.probe(clean, number, times)
-            placement = layout.place(rows.tokens.shape[1], rows.mask(mask))
+            placement = place(layout, rows, mask)
             here = rows.held(layout, placement, device)
             errors = denoise.losses(here, bind(layout, placement))
             sums[0, number] += counted * errors.double().sum().cpu()
@@ -59,8 +63,8 @@ def validation_loss(
     return sums[0] / sums[1].clamp_min(1.0)
 
 
-def _alike(data: Clips, wanted: Iterable[int]) -> Iterator[list[int]]:
+def _alike(data: Clips, wanted: Iterable[int], patch: int | Sequence[int]) -> Iterator[list[int]]:
     """Batches of neighbours of one shape."""
-    for _, group in groupby(wanted, data.shape):
-        indices = list(group)
-        yield from (indices[at : at + _MICRO] for at in range(0, len(indices), _MICRO))
+    for shape, group in groupby(wanted, data.shape):
+        indices, most = list(group), max(1, min(_MICRO, _TOKENS // token_shape(shape, patch)[0]))
+        yield from (indices[at : at + most] for at in range(0, len(indices), most))

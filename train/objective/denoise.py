@@ -1,21 +1,35 @@
 """Denoising: a model is shown noisy tokens and says what the noise did; weighted by token over all ranks."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ...kernels.mask import Mask
+from ...kernels.mask import Documents, Mask
 from ...kernels.tile import pairs
 from ...models.block import Attends
+from ...models.grids import dilation_of, regridded
+from ...parallel.bricks import bricked
+from ...parallel.layout import Layout
+from ...parallel.placement import Placement
 from ..data.clip import Clips
-from ..diffusion.batch import Clean, Noisy, grid_of, load, token_shape
+from ..diffusion.batch import Clean, Grid, Noisy, grids_of, token_shape
+from ..diffusion.feed import Feed, feed
+from ..diffusion.fit import check_fit
 from ..judge import Judge
 from .ddpm import Diffusion
 from .noise import Key, Stream, normal, uniform
 from .process import Process, exact
 from .variance import bound, split
+
+
+class DrawingJudge(Judge, Protocol):
+    """A judge that makes samples."""
+
+    def check(self, objective: "Denoise") -> None:
+        """ValueError if samples of such a model cannot be made as its settings say."""
+        ...
 
 
 class Denoise(nn.Module):
@@ -32,7 +46,8 @@ class Denoise(nn.Module):
         labels: Whether the model is told classes; false for one of texts alone.
         per_frame: A time of its own for each frame of a clip (diffusion forcing: Chen et al. 2024).
         seed: Of everything random.
-        order: Of the tokens in the sequence, as in `Noisy`; None: row-major.
+        brick: Patches of a brick along each axis of the grid. The tokens stand brick after brick then, which
+            makes the tiles of local masks dense (see `bricked`); the result is the same. None: row by row.
         judge: Who tells what the model is worth; training needs one.
 
     Raises:
@@ -48,8 +63,8 @@ class Denoise(nn.Module):
         labels: bool = True,
         per_frame: bool = False,
         seed: int = 0,
-        order: Tensor | None = None,
-        judge: Judge | None = None,
+        brick: Sequence[int] | None = None,
+        judge: DrawingJudge | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
@@ -59,36 +74,53 @@ class Denoise(nn.Module):
         self.model: Any = model
         self.process = process
         self.dropout, self.labels, self.per_frame, self.seed = dropout, labels, per_frame, seed
-        self.order, self._judge = order, judge
+        self.brick = None if brick is None else tuple(brick)
+        self._judge = judge
+        self._fed: tuple[Clips, Feed] | None = None
 
     def load(self, data: Clips, wanted: Sequence[int], step: int) -> Noisy:
-        """The samples with these global indices, each a row; the step changes nothing."""
-        return self.noisy(load(data, wanted, self.model.patch))
+        """The rows with these global indices, see `Feed`; the step changes nothing."""
+        if self._fed is None or self._fed[0] is not data:
+            self._fed = data, feed(data, self.model.patch, self.model.grid, self.seed)
+        return self.noisy(self._fed[1].load(wanted))
 
     def context(self, data: Clips) -> int:
-        """Raises ValueError naming the setting of the model that does not fit the data."""
-        model, shape = self.model, data.shape(0)
-        grid = grid_of(shape, model.patch)
-        for name, own, other in (
-            ("size", tuple(model.grid), grid[-len(model.grid) :]),
-            ("channels", model.channels, shape[0]),
-            ("classes", model.classes, data.classes if self.labels else model.classes),
-        ):
-            if own != other:
-                raise ValueError(
-                    f"model.{name} gives {own}, but the data has {other} (its clips are {shape}: channels, "
-                    f"frames, height, width; {data.classes} classes): set model.{name} to fit"
-                )
-        return token_shape(shape, model.patch)[0]
+        """Raises ValueError naming the settings of model, data and objective that do not fit each other."""
+        check_fit(self, data)
+        if self._judge is not None:
+            self._judge.check(self)
+        traits = data.traits
+        return traits.pack or max(token_shape(shape, self.model.patch)[0] for shape in traits.shapes)
 
-    def example(self, data: Clips, mask: Mask) -> Mask:
-        return mask
+    def placement(self, data: Clips, layout: Layout, mask: Mask) -> Placement:
+        context, traits, patch = self.context(data), data.traits, self.model.patch
+        if traits.pack is not None:
+            return layout.place(context, Documents((0, 1), inner=mask))
+        found = []
+        for length, shape in sorted((token_shape(shape, patch)[0], shape) for shape in traits.shapes):
+            grids = grids_of(shape, patch, self.model.grid)
+            placed = layout.place(length, mask if grids is None else regridded(mask, *grids))
+            bricks = self.bricks(grids)
+            found.append(placed if bricks is None else bricked(placed, *bricks))
+        return found[-1]
+
+    def bricks(self, grids: tuple[Grid, Grid] | None) -> tuple[Grid, Grid, Grid] | None:
+        """As in `Noisy`, for samples whose grids are these."""
+        if self.brick is None:
+            return None
+        grid = tuple(self.model.grid) if grids is None else grids[1]
+        return grid, self.brick, dilation_of(self.model.masks[0], len(grid))
 
     def flops(self, batches: Sequence[Noisy]) -> float:
         model, macs = self.model, 0
         for batch in batches:
-            seen = {mask: pairs(mask, batch.length, model.kv_heads) for mask in set(model.masks)}
-            macs += batch.rows * model.macs(batch.length, [seen[mask] for mask in model.masks])
+            rows = 1 if batch.offsets is None else batch.rows
+            found = {m: pairs(batch.mask(m), batch.length, model.kv_heads) // rows for m in set(model.masks)}
+            seen = [found[mask] for mask in model.masks]
+            if batch.text is None:
+                macs += batch.rows * model.macs(batch.length, seen)
+            else:
+                macs += sum(model.macs(batch.length, seen, text=words) for words in batch.text.lengths)
         return 6.0 * macs
 
     def judge(self) -> Judge:
@@ -130,9 +162,7 @@ class Denoise(nn.Module):
         sizes, length = batch.sizes(), batch.tokens.shape[1]
         t = self.process.time(u, sizes.clamp_min(1) if packed else torch.tensor(length))
         y = batch.labels.masked_fill(dropped, batch.null)
-        text = batch.text
-        if text is not None:
-            text = text.masked_fill(dropped[:, :1, None], 0.0)
+        text = None if batch.text is None else batch.text.without(dropped[:, 0])
         if packed:
             t, y = (x.gather(1, batch.members.clamp_min(0)) for x in (t, y))
         else:
@@ -140,8 +170,9 @@ class Denoise(nn.Module):
             t = t.repeat_interleave(length // batch.frames, 1) if t.shape[1] > 1 else t[:, 0]
         real = batch.members >= 0
         return Noisy(
-            batch.tokens, noise, real, t, y, batch.positions, batch.channels, batch.offsets, text, self.order
-        )
+            batch.tokens, noise, real, t, y, batch.positions, batch.channels, batch.offsets, text,
+            batch.grids, self.bricks(batch.grids),
+        )  # fmt: skip
 
     def predict(self, part: Noisy, mixed: Tensor, attend: Attends) -> tuple[Tensor, Tensor | None]:
         """What the model says of `mixed` at the times and conditions of `part`: float32 [B, N, D], and the
@@ -149,7 +180,9 @@ class Denoise(nn.Module):
         """
         more: dict[str, Any] = {} if part.offsets is None else {"offsets": part.offsets}
         if part.text is not None:
-            more["text"] = part.text
+            more |= part.text.arguments()
+        if part.grids is not None:
+            more["grid"] = part.grids[1]
         y = part.y if self.labels else None
         said = self.model(mixed, part.positions, self.process.clock(part.t), y, attend, **more)
         return split(exact(said), mixed.shape[-1], part.channels)
@@ -157,9 +190,6 @@ class Denoise(nn.Module):
     def errors(self, part: Noisy, attend: Attends) -> Tensor:
         """Weighted squared error of each token, the mean over its features, and, where the model learns a
         variance, its part of the variational bound: [B, N]; 0 for padding.
-
-        Raises:
-            ValueError: The model learns a variance, but the process has none.
         """
         x, noise = exact(part.tokens), exact(part.noise)
         t = part.t[..., None] if part.t.ndim == 2 else part.t[:, None, None]
@@ -167,10 +197,8 @@ class Denoise(nn.Module):
         said, raw = self.predict(part, mixed, attend)
         error = (said - self.process.target(x, noise, t)).square() * self.process.weight(t)
         if raw is not None:
-            if not isinstance(self.process, Diffusion):
-                raise ValueError(
-                    "model.learn_sigma is true, which only objective=ddpm trains: set it to false"
-                )
+            # a flow has none: refused before the first step (see `check_fit`)
+            assert isinstance(self.process, Diffusion)
             error = error + bound(self.process, x, mixed, (said, raw), t)
         return error.mean(-1).where(part.real, 0.0)
 

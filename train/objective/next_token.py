@@ -10,6 +10,8 @@ from ...kernels.mask import Documents, Mask
 from ...kernels.tile import pairs
 from ...models.block import Attends
 from ...models.gpt import GPT
+from ...parallel.layout import Layout
+from ...parallel.placement import Placement
 from ..batch import Shard, Tokens, collate
 from ..data.sample import Dataset
 from ..judge import Judge
@@ -33,9 +35,9 @@ class NextToken(nn.Module):
     def context(self, data: Dataset) -> int:
         return data.context
 
-    def example(self, data: Dataset, mask: Mask) -> Mask:
+    def placement(self, data: Dataset, layout: Layout, mask: Mask) -> Placement:
         several = data.describe().get("pack") is not None  # packed documents, or one and its padding
-        return Documents((0, 1) if several else (0,), inner=mask)
+        return layout.place(data.context, Documents((0, 1) if several else (0,), inner=mask))
 
     def flops(self, batches: Sequence[Tokens]) -> float:
         model, visible = self.model, 0

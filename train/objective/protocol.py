@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ...kernels.mask import Mask
 from ...models.block import Attends
+from ...parallel.layout import Layout
+from ...parallel.placement import Placement
 from ..batch import Batch
 
 
@@ -23,8 +25,10 @@ class Objective(Protocol):
         """Tokens of a sequence, over all ranks. ValueError if the data does not fit the model."""
         ...
 
-    def example(self, data: Any, mask: Mask) -> Mask:
-        """What a layer's mask becomes for a batch, as `Batch.mask` says of each."""
+    def placement(self, data: Any, layout: Layout, mask: Mask) -> Placement:
+        """Who holds what of a sequence of `context` tokens. Refuses what the layout cannot serve of the
+        data's batches.
+        """
         ...
 
     def flops(self, batches: Sequence[Batch]) -> float:
