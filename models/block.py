@@ -1,7 +1,7 @@
 """The parts that models share: what attends, grouped-query attention, and the gated MLP."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ class Attend(Protocol):
         ...
 
 
+Bias = Literal["none", "qkv", "qkvo"]
 Attends = Attend | Sequence[Attend]  # one for all layers, or several that take turns
 
 
@@ -37,18 +38,21 @@ class HeadNorm(nn.RMSNorm):
 
 class Attention(nn.Module):
     """Grouped-query self-attention (Ainslie et al. 2023) with RoPE and, if asked, RMS-normalised queries and
-    keys.
+    keys. bias: of which projections.
     """
 
     def __init__(
-        self, dim: int, *, heads: int, kv_heads: int, head_dim: int, qk_norm: bool, eps: float
-    ) -> None:
+        self, dim: int, *, heads: int, kv_heads: int, head_dim: int, qk_norm: bool, eps: float,
+        bias: Bias = "none",
+    ) -> None:  # fmt: skip
         super().__init__()
+        if bias not in get_args(Bias):
+            raise ValueError(f"model.bias is {bias!r}; it can be {', '.join(get_args(Bias))}")
         self.head_dim = head_dim
-        self.q = nn.Linear(dim, heads * head_dim, bias=False)
-        self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
-        self.v = nn.Linear(dim, kv_heads * head_dim, bias=False)
-        self.o = nn.Linear(heads * head_dim, dim, bias=False)
+        self.q = nn.Linear(dim, heads * head_dim, bias=bias != "none")
+        self.k = nn.Linear(dim, kv_heads * head_dim, bias=bias != "none")
+        self.v = nn.Linear(dim, kv_heads * head_dim, bias=bias != "none")
+        self.o = nn.Linear(heads * head_dim, dim, bias=bias == "qkvo")
         self.q_norm = HeadNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
 

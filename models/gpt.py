@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..kernels.mask import Causal, Documents, Mask, Offsets
+from ..kernels.mask import Causal, Documents, Mask, Offsets, Window
 from ..kernels.patterns import layered
-from .block import Attend, Attends, Attention, SwiGLU, attend_of
+from .block import Attend, Attends, Attention, Bias, SwiGLU, attend_of
 from .rope import Rope
 
 
@@ -32,16 +31,18 @@ class GPT(nn.Module):
 
     vocab: None in a config takes the data's, so that here it must be a number. dim, layers, heads: as usual.
     kv_heads: None means heads. head_dim: None means dim // heads. hidden: width inside the MLP. mask: one for
-    every layer, or one a layer. tied: the output layer is the embedding. predecessor: each token also sees
-    the one before it through a learned mix, which the trainer takes before sharding. recompute: keep only
-    each block's input for the backward. Nothing here knows of ranks.
+    every layer, or one a layer. window: the nearest tokens, itself among them, beyond which a token sees none
+    (Mistral: Jiang et al. 2023), for all layers or one a layer; None is all that the mask shows. bias: of
+    which attention projections (Qwen2 has qkv). tied: the output layer is the embedding. predecessor: each
+    token also sees the one before it through a learned mix, which the trainer takes before sharding. Nothing
+    here knows of ranks.
     """
 
     def __init__(
         self, vocab: int | None, dim: int, layers: int, heads: int, hidden: int, *,
         kv_heads: int | None = None, head_dim: int | None = None, rope: Rope | None = None,
-        mask: Mask | Sequence[Mask] | None = None,
-        tied: bool = True, qk_norm: bool = False, predecessor: bool = False, recompute: bool = False,
+        mask: Mask | Sequence[Mask] | None = None, window: int | Sequence[int | None] | None = None,
+        tied: bool = True, qk_norm: bool = False, bias: Bias = "none", predecessor: bool = False,
         eps: float = 1e-5, init_std: float = 0.02,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -69,13 +70,18 @@ class GPT(nn.Module):
         masks = layered(mask, layers, kv_heads) if isinstance(mask, Mask) else tuple(mask)
         if len(masks) != layers:
             raise ValueError(f"{len(masks)} masks for {layers} layers: give one, or one a layer")
-        self.masks, self.rope, self.recompute = masks, rope or Rope(), recompute
+        self.windows = _windows(window, layers)
+        self.masks = tuple(_near(*both) for both in zip(masks, self.windows, strict=True))
+        self.rope, self.bias, self.eps = rope or Rope(), bias, eps
         self.layers, self.heads, self.kv_heads, self.head_dim = layers, heads, kv_heads, head_dim
         self.embed = nn.Embedding(vocab, dim)
         self.mix = nn.Linear(dim, dim, bias=False) if predecessor else None
         self.blocks = nn.ModuleList(
             Block(
-                Attention(dim, heads=heads, kv_heads=kv_heads, head_dim=head_dim, qk_norm=qk_norm, eps=eps),
+                Attention(
+                    dim, heads=heads, kv_heads=kv_heads, head_dim=head_dim, qk_norm=qk_norm, eps=eps,
+                    bias=bias,
+                ),
                 SwiGLU(dim, hidden), dim, eps,
             )
             for _ in range(layers)
@@ -89,10 +95,12 @@ class GPT(nn.Module):
     @torch.no_grad()
     def reset(self, std: float) -> None:
         """Normal weights of `std`, those that write to the residual stream divided by sqrt(2 layers)
-        (GPT-2).
+        (GPT-2); biases are 0.
         """
         for name, p in self.named_parameters():
-            if p.ndim == 2:
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.ndim == 2:
                 narrow = name.endswith(("attention.o.weight", "mlp.down.weight"))
                 nn.init.normal_(p, std=std / (2 * self.layers) ** 0.5 if narrow else std)
         if self.mix is not None:
@@ -119,9 +127,24 @@ class GPT(nn.Module):
         for layer, (block, mask) in enumerate(zip(self.blocks, self.masks, strict=True)):
             here = attend_of(attend, layer)
             seen = mask if offsets is None else Documents(offsets, inner=mask)
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, angles, here, seen, use_reentrant=False)
-            else:
-                x = block(x, angles, here, seen)
+            x = block(x, angles, here, seen)
         y: Tensor = self.norm(x)
         return y
+
+
+def _windows(window: int | Sequence[int | None] | None, layers: int) -> tuple[int | None, ...]:
+    """The window of each layer. ValueError if there are others than `layers`, or one below 1."""
+    found = (window,) * layers if window is None or isinstance(window, int) else tuple(window)
+    if len(found) != layers or any(w is not None and w < 1 for w in found):
+        raise ValueError(
+            f"model.window is {window}; it must be at least 1, for all {layers} layers or one a layer"
+        )
+    return found
+
+
+def _near(mask: Mask, window: int | None) -> Mask:
+    """What the mask shows within the window."""
+    if window is None:
+        return mask
+    near = Window(window - 1, 0)
+    return near if mask == Causal() else mask & near
