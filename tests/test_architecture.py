@@ -30,9 +30,11 @@ SEAM = ("parallel.layout", "parallel.layout.Layout")
 GUESTS = {"kernels": {"torch", "triton"}, "parallel": {"torch"}, "models": {"torch"}, "conf": set[str]()}
 # And what it may load by name where it is installed, in a function and never at import.
 LOADED = {"kernels": {"liger_kernel"}}
-ENTRIES = {f"train/{name}.py" for name in ("__main__", "cli", "evaluate", "sample", "draw", "convert")}
+ENTRIES = {
+    f"train/{name}.py" for name in ("__main__", "cli", "evaluate", "sample", "draw", "encode", "convert")
+}
 # A machine with a GPU may have no more than this, and collects the files that hold GPU tests.
-GPU_GUESTS = {"torch", "triton", "pytest", "numpy", "matplotlib", "world", "compositions"}
+GPU_GUESTS = {"torch", "triton", "pytest", "numpy", "matplotlib", "world", "compositions", "interpreter"}
 GPU_ROOMS = ("longspan.kernels", "longspan.parallel", "longspan.models")
 # Not written out, since `make gpu-test` looks for files that hold it.
 GPU_MARK = ".".join(("mark", "gpu"))

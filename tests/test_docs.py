@@ -8,17 +8,23 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 
+from longspan.launch.dryrun import Dry, stood_in
 from longspan.train.config import Root, typed
+from longspan.train.convert import Conversion, named
 from longspan.train.draw import Drawing
+from longspan.train.encode import Encoding
 from longspan.train.evaluate import Evaluation
 from longspan.train.sample import Sampling, quoted
 
 ROOT = Path(__file__).parent.parent
 COMMAND = re.compile(
-    r"(?:-m longspan\.train(?:\.(evaluate|sample|draw))?|longspan (train|evaluate|sample|draw)|make train)"
-    r"\b(.*)"
+    r"(?:-m longspan\.(?:train|launch)(?:\.(evaluate|sample|draw|encode|convert|dryrun))?"
+    r"|longspan (train|evaluate|sample|draw|convert)|make train)\b(.*)"
 )
-SCHEMAS: dict[str, type] = {"train": Root, "evaluate": Evaluation, "sample": Sampling, "draw": Drawing}
+SCHEMAS: dict[str, type] = {
+    "train": Root, "evaluate": Evaluation, "sample": Sampling, "draw": Drawing, "encode": Encoding,
+    "convert": Conversion, "dryrun": Dry,
+}  # fmt: skip
 
 
 def commands() -> Iterator[tuple[str, str, list[str]]]:
@@ -50,4 +56,5 @@ def test_a_shown_command_composes(where: str, verb: str, given: list[str]) -> No
     # a sweep names several values: the first stands for all
     first = [g.split(",")[0] if g.startswith("optim.") else g for g in given]
     with initialize_config_module("longspan.conf", version_base="1.3"):
-        typed(compose(verb, overrides=first), SCHEMAS[verb])
+        cfg = compose(verb, overrides=first)
+        typed({"convert": named, "dryrun": stood_in}.get(verb, lambda x: x)(cfg), SCHEMAS[verb])

@@ -14,7 +14,7 @@ SHARDED = ("engine=fsdp",)
     ("size", "overrides"),
     [
         (2, ring("zigzag")),
-        (2, ("parallel=ulysses",)),
+        pytest.param(2, ("parallel=ulysses",), marks=pytest.mark.slow),
         pytest.param(4, ("parallel=usp",), marks=pytest.mark.slow),
         (4, ring("zigzag", "parallel.mesh.dp=2", "parallel.mesh.ring=2", "engine.replicate=true",
                  "train.micro_batch=1")),
@@ -30,7 +30,9 @@ def test_fsdp_trains_as_one_process(once: Once, size: int, overrides: tuple[str,
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((2, ("engine=ddp", *ring())), (4, ("engine=fsdp", "parallel=usp"))),
+        pytest.param(
+            (2, ("engine=ddp", *ring())), (4, ("engine=fsdp", "parallel=usp")), marks=pytest.mark.slow
+        ),
         ((4, ("engine=fsdp", *ring())), (1, ("engine=ddp", "parallel=single"))),
         pytest.param(
             (2, ("engine=fsdp", "parallel=ulysses")), (2, ("engine=fsdp", *ring())), marks=pytest.mark.slow

@@ -39,7 +39,13 @@ from world import RankFailed, Worlds
 
 
 @pytest.mark.parametrize(
-    ("size", "layout"), [(1, ("parallel=single",)), (4, ring())], ids=["single", "ring4"]
+    ("size", "layout"),
+    [
+        (1, ("parallel=single",)),
+        (2, ring()),
+        pytest.param(4, ring(), marks=pytest.mark.slow),
+    ],
+    ids=["single", "ring2", "ring4"],
 )
 def test_two_resumes_on_the_same_ranks_are_bit_equal(
     world: Worlds, once: Once, data_cache: str, tmp_path: Path, size: int, layout: tuple[str, ...]
@@ -137,6 +143,7 @@ def test_a_signal_to_one_rank_stops_all_after_saving(
         "checkpoints", "config.yaml", "layout.png", "loss.png", "metrics.jsonl", "position.png", "run.json",
         "status.json", "summary.json",
     }  # fmt: skip
+    assert json.loads((tmp_path / "run.json").read_text())["attention"] == "cpu"
 
 
 def diverge(rank: int, cfg: DictConfig, folder: Path) -> tuple[str, bool, bool, int]:

@@ -16,6 +16,8 @@ def _composed(cfg: DictConfig) -> None:
     from hydra.types import RunMode
 
     launch = Launch.of(os.environ)
+    # DeepSpeed looks for it, and a process that was started alone has none
+    os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))
     hydra_cfg = HydraConfig.get()
     if hydra_cfg.mode == RunMode.MULTIRUN:
         from .sweep import one_job

@@ -38,6 +38,10 @@ class Batch(Protocol):
         """What of a layer's mask is seen, given the documents of this batch."""
         ...
 
+    def placed(self, placement: Placement) -> Placement:
+        """Who holds what, where the tokens of the sequence do not stand in row-major order."""
+        ...
+
     def held(self, layout: Layout, placement: Placement, device: torch.device) -> Any:
         """What this rank holds of it, on `device`: what an objective takes."""
         ...
@@ -66,6 +70,9 @@ class Tokens:
 
     def mask(self, inner: Mask) -> Documents:
         return Documents(self.offsets, inner=inner)
+
+    def placed(self, placement: Placement) -> Placement:
+        return placement
 
     def held(self, layout: Layout, placement: Placement, device: torch.device) -> "Shard":
         tokens, labels, previous = (
@@ -107,7 +114,7 @@ def indices(first: int, *, dp: int, rank: int, micro: int, accumulate: int) -> l
 
 def place(layout: Layout, batch: Batch, mask: Mask) -> Placement:
     """Who holds what of this batch."""
-    return layout.place(batch.length, batch.mask(mask))
+    return batch.placed(layout.place(batch.length, batch.mask(mask)))
 
 
 def bind(layout: Layout, placement: Placement) -> Attends:

@@ -1,4 +1,4 @@
-"""The console script: longspan train | evaluate | sample | draw, each the same as python -m
+"""The console script: longspan train | evaluate | sample | draw | convert, each the same as python -m
 longspan.train[.verb].
 """
 
@@ -11,6 +11,7 @@ VERBS = {
     "evaluate": "longspan.train.evaluate",
     "sample": "longspan.train.sample",
     "draw": "longspan.train.draw",
+    "convert": "longspan.train.convert",
 }
 
 

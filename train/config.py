@@ -83,10 +83,13 @@ class Eval:
 
 
 @dataclass
-class Memory:
-    """recompute: keep only each block's input for the backward."""
+class Init:
+    """path: a folder of Hugging Face weights to start from (null: random ones). new_rope: the model's rope is
+    meant to differ from theirs, to stretch the context.
+    """
 
-    recompute: bool = False
+    path: str | None = None
+    new_rope: bool = False
 
 
 @dataclass
@@ -102,7 +105,9 @@ class Root:
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)
-    memory: Memory = field(default_factory=Memory)
+    init: Init = field(default_factory=Init)
+    lora: Any = None
+    memory: Any = MISSING
     model: Any = MISSING
     mask: Any = MISSING
     parallel: Any = MISSING
@@ -114,7 +119,10 @@ class Root:
 
 
 # What a config must build, beside the nodes that are there.
-BUILT = ("model", "mask", "parallel.mesh", "parallel.layout", "engine", "data", "objective", "optim", "track")
+BUILT = (
+    *("model", "mask", "parallel.mesh", "parallel.layout", "engine", "data", "objective", "optim", "memory"),
+    "track",
+)
 
 
 class ConfigError(ValueError):
@@ -136,7 +144,7 @@ def typed(cfg: DictConfig, schema: type[Any] = Root) -> DictConfig:
     missing = sorted(OmegaConf.missing_keys(merged) | OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError(f"{missing[0]} has no value: give one with {missing[0]}=...")
-    for path in BUILT if schema is Root else ():
+    for path in BUILT if issubclass(schema, Root) else ():
         node = OmegaConf.select(merged, path)
         if not isinstance(node, DictConfig) or "_target_" not in node:
             raise ConfigError(f"{path} is {node!r}, which builds nothing: it needs a _target_, as in conf/")

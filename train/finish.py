@@ -48,7 +48,7 @@ def draw_layout(loop: Loop, folder: Path, sent: np.ndarray) -> None:
     """Who holds what, the mask, and what travels."""
     job = loop.job
     length = job.context
-    placement = job.layout.place(length, job.mask)
+    placement = job.objective.placement(job.data, job.layout, job.mask)
     runs = [[(s.start, s.length, s.run, s.step) for s in spans] for spans in placement.spans_by_rank]
     path = layout_picture(
         folder / "layout.png", spans_by_rank=runs, length=length, tiles=mask_grid(job, length), sent=sent,

@@ -2,6 +2,7 @@
 
 import datetime
 import gc
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,12 +17,15 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..kernels.mask import Mask
+from ..models.offload import Host
 from ..parallel.layout import Layout
+from ..parallel.mesh import Heads
 from .agree import Ranks
 from .config import made
 from .data.sample import Dataset
 from .ema import EMA
 from .engine.protocol import Engine
+from .huggingface.start import start
 from .objective.protocol import Objective
 from .optim import Optim
 
@@ -40,11 +44,21 @@ class Launch:
 
     @classmethod
     def of(cls, env: Mapping[str, str]) -> "Launch":
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        rank, world, local_rank, local_world = (
-            int(env.get(n, d)) for n, d in zip(names, (0, 1, 0, 1), strict=True)
+        rank, world, local_rank = (
+            int(env.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
-        return cls(rank, world, local_rank, local_world, env)
+        return cls(rank, world, local_rank, _on_a_node(env, world), env)
+
+
+def _on_a_node(env: Mapping[str, str], world: int) -> int:
+    """How many of `world` processes are on a machine: what torchrun says, else srun, whose `8(x2),4` is two
+    machines of 8 and one of 4. Of machines that differ, the number that divides them all, so that no such
+    group of neighbours leaves its machine.
+    """
+    if "LOCAL_WORLD_SIZE" in env:
+        return int(env["LOCAL_WORLD_SIZE"])
+    told = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_NTASKS_PER_NODE") or "1"
+    return math.gcd(world, *(int(part.partition("(")[0]) for part in told.split(",")))
 
 
 @contextmanager
@@ -139,6 +153,7 @@ class Job:
     engine: Engine
     optim: Optim
     ema: EMA | None
+    host: Host | None = None  # where activations rest that are not on the device
 
     def state(self) -> dict[str, Any]:
         """All tensors of a checkpoint, also as the template that one is loaded into."""
@@ -188,7 +203,8 @@ def open_data(cfg: DictConfig, launch: Launch, ranks: Ranks) -> Any:
 
 
 def build_layout(cfg: DictConfig, launch: Launch, device: torch.device) -> tuple[DeviceMesh, Layout]:
-    mesh: DeviceMesh = made(cfg.parallel.mesh).build(device.type, node=launch.local_world)
+    heads = _heads(cfg.model)
+    mesh: DeviceMesh = made(cfg.parallel.mesh).build(device.type, node=launch.local_world, heads=heads)
     layout: Layout = made(cfg.parallel.layout)(mesh)
     split = mesh["ring"].size() * mesh["head"].size()
     if layout.size != split:
@@ -200,16 +216,23 @@ def build_layout(cfg: DictConfig, launch: Launch, device: torch.device) -> tuple
     return mesh, layout
 
 
+def _heads(model: DictConfig) -> Heads | None:
+    """The heads that a config gives a model, which is not built yet; None if it names none."""
+    q = model.get("heads")
+    return None if q is None else Heads(q, model.get("kv_heads") or q)
+
+
 def build_model(cfg: DictConfig, data: Any, mask: Mask) -> nn.Module:
     """The model with the same initial weights on every rank and in every layout."""
-    given = {"mask": mask, "recompute": cfg.memory.recompute}
+    given: dict[str, Any] = {"mask": mask}
     if "vocab" in cfg.model:
         given["vocab"] = _vocab(cfg.model.vocab, data)
-    for name, where in (("mask", "mask"), ("recompute", "memory.recompute")):
-        if name in cfg.model:
-            raise ValueError(f"model.{name} is taken from {where}: set that, and leave model.{name} out")
+    if "mask" in cfg.model:
+        raise ValueError("model.mask is taken from mask: set that, and leave model.mask out")
     torch.manual_seed(cfg.seed)
     model: nn.Module = made(cfg.model)(**given)
+    if cfg.lora is not None:
+        made(cfg.lora).apply(model)
     return model
 
 
@@ -229,18 +252,31 @@ def build(cfg: DictConfig, launch: Launch, device: torch.device) -> Job:
     check_numbers(cfg)
     ranks = Ranks(kinds=(ValueError, FileNotFoundError, OSError))
     mesh, layout = build_layout(cfg, launch, device)
+    return assembled(cfg, launch, device, ranks, mesh, layout, open_data(cfg, launch, ranks))
+
+
+def assembled(
+    cfg: DictConfig, launch: Launch, device: torch.device, ranks: Ranks, mesh: DeviceMesh, layout: Layout,
+    data: Any,
+) -> Job:  # fmt: skip
+    """The job of these ranks over this data: model, memory, objective, engine."""
     mask: Mask = made(cfg.mask)
-    data = open_data(cfg, launch, ranks)
-    model = build_model(cfg, data, mask).to(device)
+    model = build_model(cfg, data, mask)
+    if device.type != "cpu":
+        model.to(device)
     objective: Objective = made(cfg.objective)(model)
+    ranks.together(lambda: start(model, cfg.init, objective.context(data)))
+    host = made(cfg.memory).apply(model)
     # placed as training will: what the layout cannot serve is refused now, not in the middle of a run
-    layout.place(objective.context(data), objective.example(data, mask))
+    objective.placement(data, layout, mask)
     optim: Optim = made(cfg.optim)
     engine: Engine = made(cfg.engine)
     assert isinstance(objective, nn.Module)
     engine.wrap(objective, optim.build, mesh)
     ema = EMA(model, decay=cfg.train.ema) if cfg.train.ema else None
-    return Job(cfg, launch, device, ranks, mesh, layout, data, mask, model, objective, engine, optim, ema)
+    return Job(
+        cfg, launch, device, ranks, mesh, layout, data, mask, model, objective, engine, optim, ema, host
+    )
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -254,6 +290,11 @@ def check_numbers(cfg: DictConfig) -> None:
         group, key = name.split(".")
         if cfg[group][key] is not None and not cfg[group][key] >= low:
             raise ValueError(f"{name} is {cfg[group][key]}; it must be at least {low:g}")
+    if cfg.data.get("buckets") is not None and cfg.train.micro_batch != 1:
+        raise ValueError(
+            f"train.micro_batch is {cfg.train.micro_batch}, but with data.buckets={cfg.data.buckets} each "
+            f"sample is a batch of its own: set it to 1"
+        )
     if cfg.train.precision not in ("float32", "bfloat16"):
         raise ValueError(f"train.precision is {cfg.train.precision!r}; it can be float32 or bfloat16")
     if not 0 <= cfg.train.ema < 1:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from .batch import Batch, bind, indices, place
 from .checkpoint import Checkpoints, SaveError
+from .engine.protocol import Native
 from .job import Job
 from .judge import Judge
 from .measure import autocast
@@ -164,7 +165,7 @@ class Loop:
         """A checkpoint of now, written beside training. One that fails is reported: training goes on."""
         self._finished()
         try:
-            self.checkpoints.save(self.state.step, self.job.state(), extra(self.job, self.state))
+            self._save()
             self.saved = self.state.step
         except SaveError as error:
             self.record.note(f"checkpoint of step {self.state.step} failed, training goes on: {error}")
@@ -173,9 +174,14 @@ class Loop:
     def save_last(self) -> None:
         """The checkpoint that the run ends with; SaveError if it cannot be written, also at a second try."""
         if self.saved != self.state.step or not self._finished():
-            self.checkpoints.save(self.state.step, self.job.state(), extra(self.job, self.state))
+            self._save()
             self.checkpoints.wait()
             self.saved = self.state.step
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.state.step, self.job.state(), extra(self.job, self.state))
+        if isinstance(self.job.engine, Native) and self.folder is not None:
+            self.job.engine.save_native(self.folder / "native", self.state.step)
 
     def _finished(self) -> bool:
         """Waits for the save before, if it is still being written; False, and a note, if it failed."""
@@ -205,7 +211,8 @@ def fingerprint(job: Job) -> str:
     facts = job.data.describe()
     names = (
         *("corpus", "sha256", "tokenizer", "context", "pack", "samples", "held_out", "size", "sizes"),
-        *("frames", "canvas", "speed", "shrink"),
+        *("frames", "canvas", "speed", "shrink", "flip", "channels"),
+        *("shift", "scale", "text", "pooled", "buckets"),
     )
     kept = {name: facts[name] for name in names if name in facts}
     return hashlib.sha256(json.dumps([kept, job.cfg.seed], sort_keys=True, default=str).encode()).hexdigest()

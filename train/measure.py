@@ -58,7 +58,8 @@ class HeldOut:
 def autocast(job: Job) -> AbstractContextManager[Any]:
     """bfloat16 autocast if train.precision says so."""
     if job.cfg.train.precision == "bfloat16":
-        return torch.autocast(job.device.type, torch.bfloat16)
+        # the cache would keep a bfloat16 copy of every weight until the backward is over
+        return torch.autocast(job.device.type, torch.bfloat16, cache_enabled=False)
     return nullcontext()
 
 

@@ -111,9 +111,14 @@ def gpt_flops(
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """All parameters, and those that are no embedding table."""
-    total = sum(p.numel() for p in model.parameters())
-    tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    total = sum(elements(p) for p in model.parameters())
+    tables = {id(m.weight): elements(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return total, total - sum(tables.values())
+
+
+def elements(p: torch.Tensor) -> int:
+    """Of the whole parameter, also where DeepSpeed's stage 3 has left an empty one in its place."""
+    return int(getattr(p, "ds_numel", p.numel()))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

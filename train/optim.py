@@ -41,11 +41,11 @@ class Optim:
             )
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer over the model's parameters in two groups, with and without weight decay."""
+        """The optimizer over what learns of the model in two groups, with and without weight decay."""
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
-        for p in model.parameters():
+        for p in (p for p in model.parameters() if p.requires_grad):
             (decayed if p.ndim >= 2 and id(p) not in embeddings else plain).append(p)
         groups: list[dict[str, Any]] = [
             {"params": decayed, "weight_decay": self.weight_decay},

@@ -4,8 +4,9 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
 import torch.distributed as dist
+
+from .agree import highest
 
 # sysexits' EX_TEMPFAIL, "try again later": what a scheduler's requeue rule looks for.
 EXIT_PREEMPTED = 75
@@ -47,11 +48,7 @@ class Preempt:
         """
         if self._alone:
             return self._received or None
-        cpu = "gloo" in dist.get_backend_config(self._group)
-        device = torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device())
-        highest = torch.tensor([self._received], dtype=torch.int32, device=device)
-        dist.all_reduce(highest, dist.ReduceOp.MAX, self._group)
-        return int(highest.item()) or None
+        return highest(self._received, self._group) or None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

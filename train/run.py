@@ -6,9 +6,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 
+from ..kernels.attention import chosen
 from ..parallel.balance import ESTIMATE
 from .agree import Ranks, one_line
 from .checkpoint import Checkpoints
@@ -126,7 +128,7 @@ def _record(job: Job, folder: Path, state: State, shown: Progress) -> Record:
             return Record(dist.get_rank(), shown, None, None)
         config = redacted(job.cfg)
         env: Mapping[str, str] = job.launch.env or {}
-        facts = {"world": dist.get_world_size(), "data": job.data.describe()}
+        facts = {"world": dist.get_world_size(), "attention": attends(job), "data": job.data.describe()}
         try:
             open_folder(folder, Path(job.cfg.run.root), config, facts)
             metrics = Metrics(folder / "metrics.jsonl", resume_step=state.step or None)
@@ -144,11 +146,19 @@ def _record(job: Job, folder: Path, state: State, shown: Progress) -> Record:
     return job.ranks.together(opened)
 
 
+def attends(job: Job) -> str:
+    """The backend that attention runs on, as `chosen` says it."""
+    dtype = torch.bfloat16 if job.cfg.train.precision == "bfloat16" else torch.float32
+    # a model of somebody else's may not say; only widths that no kernel takes would matter
+    width = getattr(job.model, "head_dim", 1)
+    return chosen(torch.empty(1, 1, 1, width, dtype=dtype, device=job.device))
+
+
 def facts(loop: Loop, folder: Path) -> dict[str, str]:
     """What runs, for the header."""
     job, model = loop.job, loop.job.model
     total, _ = parameter_counts(model)
-    placement = job.layout.place(job.context, job.mask)
+    placement = job.objective.placement(job.data, job.layout, job.mask)
     degrees = " x ".join(
         f"{n} {s}" for n, s in zip(job.mesh.mesh_dim_names or (), job.mesh.shape, strict=True) if s > 1
     )
@@ -157,10 +167,10 @@ def facts(loop: Loop, folder: Path) -> dict[str, str]:
         "model": f"{type(model).__name__}, {total:,} parameters, {job.cfg.train.precision}",
         "layout": f"{type(job.layout).__name__.lower()}, {degrees or 'one process'}, "
         f"work max/mean {uneven:.2f} over ranks",
-        "mask": f"{job.mask} in each document",
+        "attention": f"{attends(job)} kernels, {job.mask} in each document",
         "data": loop.judge.facts(job),
         "step": f"{job.global_batch} sequences a step, {job.cfg.train.steps} steps",
-        "from": f"step {loop.state.step}" if loop.state.step else "the start",
+        "from": f"step {loop.state.step}" if loop.state.step else job.cfg.init.path or "random weights",
         "peak": f"{loop.peak / 1e9:.1f} GFLOP/s a rank ({loop.peak_source})",
         "run folder": str(folder),
     }

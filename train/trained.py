@@ -13,6 +13,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from .checkpoint import Checkpoints
 from .config import ConfigError, typed
 
+DEEPSPEED, FSDP = "longspan.train.engine.deepspeed.DeepSpeed", "longspan.train.engine.fsdp.FSDP"
+
 
 def config_of(folder: Path, **groups: DictConfig) -> DictConfig:
     """The config that the run in `folder` was started with, with some groups replaced. OSError if it is no
@@ -29,6 +31,9 @@ def config_of(folder: Path, **groups: DictConfig) -> DictConfig:
         raise ConfigError(f"{path} is no config: {' '.join(str(error).split())}") from None
     if not isinstance(kept, DictConfig):
         raise ConfigError(f"{path} is no config: it holds a {type(kept).__name__}")
+    if OmegaConf.select(kept, "engine._target_") == DEEPSPEED:
+        # without a step to make, FSDP shards weights as well, and a checkpoint is read into its shards
+        kept.engine = {"_target_": FSDP}
     for name, group in groups.items():
         kept[name] = group
     return typed(kept)

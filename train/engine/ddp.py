@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from ...kernels.concrete import concrete
 from .protocol import Build
 from .states import load_state, saved_state, update
 
@@ -19,13 +20,15 @@ AXES = ("dp", "ring", "head")
 
 class DDP:
     """bucket_mb: size of a gradient bucket. 0 reduces each parameter alone: only then are sums in the same
-    order before and after a resume, and losses bit-equal at any number of ranks.
+    order before and after a resume, and losses bit-equal at any number of ranks. init_sync: rank 0's
+    weights are handed to all at the start, after a check that their shapes agree; without it they are those
+    of the seed.
     """
 
-    def __init__(self, *, bucket_mb: float = 0.0) -> None:
+    def __init__(self, *, bucket_mb: float = 0.0, init_sync: bool = True) -> None:
         if bucket_mb < 0:
             raise ValueError(f"engine.bucket_mb is {bucket_mb}; it must be at least 0")
-        self.bucket_mb = bucket_mb
+        self.bucket_mb, self.init_sync = bucket_mb, init_sync
 
     def wrap(self, objective: nn.Module, build: Build, mesh: DeviceMesh) -> None:
         if mesh["tp"].size() > 1:
@@ -37,9 +40,9 @@ class DDP:
         self.optimizer = build(self.model)
         self.runner = objective
         if dist.get_world_size() > 1:
-            group = mesh[AXES]._flatten("weights").get_group()
+            group = concrete(mesh[AXES]._flatten)("weights").get_group()
             ddp = DistributedDataParallel(
-                objective, process_group=group, bucket_cap_mb=self.bucket_mb or 1e-6
+                objective, process_group=group, bucket_cap_mb=self.bucket_mb or 1e-6, init_sync=self.init_sync
             )
             ddp.register_comm_hook(_Over(group, apart=not self.bucket_mb), _sum)
             self.runner = ddp

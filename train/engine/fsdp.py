@@ -18,6 +18,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
+from ...kernels.concrete import concrete
+from ...parallel.mesh import spanned
 from .protocol import Build
 from .states import load_state, saved_state, update
 
@@ -99,11 +101,12 @@ class FSDP:
     def load(self, state: dict[str, Any]) -> None:
         load_state(self.model, self.optimizer, state)
 
+    @concrete
     def _over(self, mesh: DeviceMesh) -> DeviceMesh:
         """The ranks that share weights: one axis, or dp that replicates beside the context that shards."""
         kind, ranks = mesh.device_type, mesh.mesh.squeeze(-1)  # [dp, ring, head]
         if self.replicate:
-            return DeviceMesh(kind, ranks.flatten(1), mesh_dim_names=("dp", "context"))
+            return spanned(kind, ranks.flatten(1), ("dp", "context"))
         return DeviceMesh(kind, ranks.flatten(), mesh_dim_names=("weights",))
 
     def _shard(self, module: nn.Module, over: DeviceMesh, reshard: bool) -> None:

@@ -3,7 +3,8 @@ update, its state.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -46,4 +47,13 @@ class Engine(Protocol):
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes back what `save` gave, after a checkpoint was read into it."""
+        ...
+
+
+@runtime_checkable
+class Native(Protocol):
+    """An engine that has checkpoints of its own kind as well."""
+
+    def save_native(self, folder: Path, step: int) -> None:
+        """Writes one into `folder`, if the engine was asked to. All ranks call it, after a step."""
         ...

@@ -1,0 +1,241 @@
+"""python -m longspan.launch.dryrun experiment=llama70b_512k_64gpu world=64: a step of any job, without its
+devices.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import hydra
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+from ..train.agree import Ranks
+from ..train.batch import bind, indices, place
+from ..train.config import Root, made, typed
+from ..train.engine.deepspeed import DeepSpeed
+from ..train.entry import entry, guarded
+from ..train.job import Job, Launch, assembled, build_layout, check_numbers
+from ..train.measure import autocast
+from ..train.progress import size
+from .ledger import HOST, Ledger, Moved
+
+GIB = 2**30
+
+
+@dataclass
+class Dry(Root):
+    """The root keys of conf/dryrun.yaml: those of train, and world: processes; rank: whose memory is shown;
+    node: processes of a machine; memory_gib: of a device, null is not compared; json: file for the result.
+    """
+
+    world: int = 1
+    rank: int = 0
+    node: int = 8
+    memory_gib: float | None = None
+    json: str | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One step of one rank. peak: bytes on the device when they are most, by what they are; host: the most
+    bytes of activations in host memory.
+    """
+
+    world: int
+    rank: int
+    parameters: int
+    tokens: int
+    flops: float
+    peak: dict[str, int]
+    host: int
+    sent: list[Moved]
+    mesh: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.peak.values())
+
+
+@hydra.main(version_base="1.3", config_path="pkg://longspan.conf", config_name="dryrun")
+def _composed(cfg: DictConfig) -> None:
+    sys.exit(guarded(lambda: dryrun(typed(stood_in(cfg), Dry)), Launch()))
+
+
+def stood_in(cfg: DictConfig) -> DictConfig:
+    """The config with random tokens where its text has no path yet: a dry run reads no data."""
+    data = cfg.get("data")
+    if isinstance(data, DictConfig) and OmegaConf.is_missing(data, "path") and "context" in data:
+        vocab = OmegaConf.select(cfg, "model.vocab")
+        if vocab is not None:
+            mock = {"_target_": "longspan.train.data.mock.Mock", "context": data.context, "vocab": vocab}
+            cfg = cfg.copy()
+            cfg.data = mock
+    if "init_sync" in cfg.get("engine", {}):
+        cfg.engine.init_sync = False
+    return cfg
+
+
+def dryrun(cfg: DictConfig) -> int:
+    """Prints the estimate, writes it as JSON if asked. ValueError for a job that cannot run, or does not
+    fit.
+    """
+    found = estimate(cfg)
+    show(found, Console(highlight=False))
+    if cfg.json is not None:
+        Path(cfg.json).write_text(json.dumps(asdict(found) | {"total": found.total}, indent=1) + "\n")
+    if cfg.memory_gib is not None and found.total > cfg.memory_gib * GIB:
+        most = max(found.peak, key=lambda name: found.peak[name])
+        raise ValueError(
+            f"memory_gib is {cfg.memory_gib:g}, and a rank needs {found.total / GIB:.1f} GiB: "
+            f"{(found.total / GIB - cfg.memory_gib):.1f} GiB too many, most of them {most}"
+        )
+    return 0
+
+
+def estimate(cfg: DictConfig) -> Estimate:
+    """One step of the job in `cfg` on rank `cfg.rank` of `cfg.world`, with tensors that have no data."""
+    check_numbers(cfg)
+    for name, low in (("world", 1), ("node", 1), ("rank", 0)):
+        if cfg[name] < low:
+            raise ValueError(f"{name} is {cfg[name]}; it must be at least {low}")
+    if cfg.rank >= cfg.world:
+        raise ValueError(f"rank is {cfg.rank}; with world={cfg.world} it must be less")
+    if isinstance(made(cfg.engine), DeepSpeed):
+        raise ValueError(
+            "engine=deepspeed looks into its tensors, and a dry run has none with data: take engine=fsdp"
+        )
+    node = min(cfg.node, cfg.world)
+    launch = Launch(cfg.rank, cfg.world, cfg.rank % node, node)
+    device = torch.device("cpu")
+    with _alone(launch):
+        mesh, layout = build_layout(cfg, launch, device)
+        data = made(cfg.data)
+        with FakeTensorMode(allow_non_fake_inputs=True) as shapes:
+            ledger = Ledger(getattr(data, "vocab", 0), node)
+            with ledger, _gathered(ledger):
+                with ledger.during("engine buffers"):
+                    job = assembled(cfg, launch, device, _alone_ranks(), mesh, layout, data)
+                ledger.name([*job.model.parameters(), *job.model.buffers()], "parameters")
+                return _stepped(job, ledger, shapes)
+
+
+def _stepped(job: Job, ledger: Ledger, shapes: FakeTensorMode) -> Estimate:
+    """A step with the optimizer's state there, as in every step but the first."""
+    trained = [p for p in job.model.parameters() if p.requires_grad]
+    with ledger.during("optimizer"):
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+        job.engine.step(0.0, 0.0)
+    ledger.restart()
+    for p in trained:
+        p.register_post_accumulate_grad_hook(lambda p: ledger.name([p.grad], "gradients"))
+    if job.host is not None:
+        job.host.pack = ledger.during(HOST)(job.host.pack)  # type: ignore[method-assign]
+    train = job.cfg.train
+    groups = indices(0, dp=job.dp, rank=job.dp_rank, micro=train.micro_batch, accumulate=train.accumulate)
+    batches = [job.objective.load(job.data, wanted, 0) for wanted in groups]
+    valid = float(sum(b.valid for b in batches)) * job.dp
+    for i, batch in enumerate(batches):
+        placement = place(job.layout, batch, job.mask)
+        part = _emptied(batch.held(job.layout, placement, job.device), shapes)
+        with autocast(job):
+            job.engine.backward(part, bind(job.layout, placement), valid, last=i == len(batches) - 1)
+    ledger.name([p.grad for p in trained if p.grad is not None], "gradients")
+    with ledger.during("optimizer"):
+        job.engine.step(job.optim.lr_at(0, train.steps), train.clip)
+    return Estimate(
+        world=job.launch.world,
+        rank=job.launch.rank,
+        mesh=dict(zip(job.mesh.mesh_dim_names or (), job.mesh.shape, strict=True)),
+        parameters=sum(p.numel() for p in trained),
+        tokens=sum(b.rows * b.length for b in batches) * job.dp,
+        flops=job.objective.flops(batches) * job.dp,
+        peak={name: int(n) for name, n in ledger.peak.most_common() if n and name != HOST},
+        host=ledger.host,
+        sent=ledger.moved(),
+    )
+
+
+@contextmanager
+def _gathered(ledger: Ledger) -> Iterator[None]:
+    """Where FSDP makes room for whole weights, that is what the bytes are."""
+    make = ledger.during("gathered weights")(FSDPParam.init_all_gather_outputs)
+    with patch.object(FSDPParam, "init_all_gather_outputs", make):
+        yield
+
+
+def _emptied(part: Any, shapes: FakeTensorMode) -> Any:
+    """The same with tensors that have no data."""
+    if isinstance(part, Tensor):
+        return shapes.from_tensor(part)
+    if is_dataclass(part) and not isinstance(part, type):
+        return replace(part, **{f.name: _emptied(getattr(part, f.name), shapes) for f in fields(part)})
+    return part
+
+
+@contextmanager
+def _alone(launch: Launch) -> Iterator[None]:
+    """A process group of `launch.world` ranks of which only this one exists; what it sends goes nowhere."""
+    # FakeStore and the backend of this name are what torch tests its own collectives with
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise ValueError("a dry run makes its own process group: start it with python, not torchrun")
+    dist.init_process_group("fake", rank=launch.rank, world_size=launch.world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _alone_ranks() -> Ranks:
+    """Nobody to agree with."""
+    return Ranks(dist.new_subgroups(1)[0] if dist.get_world_size() > 1 else None)
+
+
+def show(found: Estimate, console: Console) -> None:
+    """The estimate as tables."""
+    memory = Table(title=f"memory of rank {found.rank} of {found.world} at its peak", title_justify="left")
+    memory.add_column("what")
+    memory.add_column("bytes", justify="right")
+    memory.add_column("share", justify="right")
+    for name, count in found.peak.items():
+        memory.add_row(name, size(count), f"{count / found.total:.0%}")
+    memory.add_row("together", size(found.total), "", style="bold")
+    if found.host:
+        memory.add_row("in host memory", size(found.host), "")
+    console.print(memory)
+    moved = Table(title="sent by this rank in a step", title_justify="left")
+    for name in ("collective", "over", "ranks", "calls", "bytes"):
+        moved.add_column(name, justify="left" if name in ("collective", "over") else "right")
+    for one in found.sent:
+        moved.add_row(one.kind, one.link, str(one.ranks), str(one.calls), size(one.bytes))
+    if found.sent:
+        console.print(moved)
+    mesh = " x ".join(f"{name} {n}" for name, n in found.mesh.items() if n > 1) or "one process"
+    console.print(
+        f"{found.parameters:,} parameters held here, {mesh}; {found.tokens:,} tokens a step, "
+        f"{found.flops / 1e12:,.3g} TFLOP a step, {found.flops / found.world / 1e12:,.3g} a rank"
+    )
+
+
+def main() -> None:
+    """Composes the config and runs dry; exit codes are listed in `train.entry`."""
+    entry(_composed, "dryrun", os.environ)
+
+
+if __name__ == "__main__":
+    main()

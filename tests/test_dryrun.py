@@ -1,0 +1,123 @@
+"""The dry run: what it says of memory and traffic, against real steps; and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.memory import CASES, composed, dry, measured, row, step
+from longspan.launch.dryrun import dryrun, estimate
+from longspan.launch.ledger import HOST, Ledger, Moved
+from longspan.train.job import Launch, build, processes
+from world import Worlds
+
+TINY = ("experiment=tiny", "data=mock", "data.vocab=64", "data.context=256", "track=none")
+FAST = ("longest", "none, bf16")
+SPLIT = [
+    ("parallel=ring", "parallel.layout.placement=zigzag"),
+    ("parallel=ulysses", "engine=fsdp"),
+    pytest.param(("parallel=s2", "mask=s2", "engine=fsdp", "memory=long"), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c in FAST else pytest.mark.slow) for c in CASES]
+)
+def test_memory_is_within_a_tenth_of_what_the_allocator_gave(case: str) -> None:
+    found = row(case, 1024)
+    assert 0.9 <= found.ratio <= 1.1, found
+
+
+def stepped(rank: int, overrides: tuple[str, ...]) -> tuple[list[Moved], int]:
+    """What a real step of this rank sent, and the most bytes that it held."""
+    train = composed(overrides)
+    launch = Launch(rank, 2, rank, 2)
+    with processes(launch, "cpu", 60.0) as device:
+        job = build(train, launch, device)
+        for number in range(2):
+            # in the second, DDP tells all ranks how it has laid its buckets
+            step(job, number)
+        with Ledger(node=2) as ledger:
+            step(job, 2)
+        sent = ledger.moved()
+    return sent, measured(train, launch)
+
+
+@pytest.mark.parametrize("overrides", SPLIT, ids=lambda x: x[0])
+def test_two_ranks_send_and_hold_what_it_says(world: Worlds, overrides: tuple[str, ...]) -> None:
+    real = world(2)(stepped, (*TINY, *overrides))
+    for rank, (sent, most) in enumerate(real):
+        found = estimate(dry((*TINY, *overrides, "world=2", f"rank={rank}")))
+        assert found.sent == sent and sent
+        assert 0.9 <= found.total / most <= 1.1
+
+
+def test_sharded_weights_are_a_share(tmp_path: Path) -> None:
+    whole, quarter = (
+        estimate(dry((*TINY, "parallel=ring", f"engine={engine}", "world=4"))) for engine in ("ddp", "fsdp")
+    )
+    for name in ("parameters", "optimizer"):
+        assert quarter.peak[name] == pytest.approx(whole.peak[name] / 4, rel=0.02)
+    assert whole.tokens == quarter.tokens == 512 and whole.flops == quarter.flops > 0
+
+
+def test_a_job_of_many_ranks_needs_none_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "found.json"
+    split = ("parallel=usp", "engine=fsdp", "world=64", "parallel.mesh.dp=4", f"json={path}")
+    assert dryrun(dry((*TINY, *split))) == 0
+    kept, said = json.loads(path.read_text()), capsys.readouterr().out
+    assert kept["world"] == 64 and kept["total"] == sum(kept["peak"].values())
+    assert kept["mesh"]["dp"] == 4 and "memory of rank 0 of 64" in said and "all-to-all" in said
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("rank=3", "rank is 3; with world=1 it must be less"),
+        ("world=0", "world is 0; it must be at least 1"),
+        ("memory_gib=0.0001", "memory_gib is 0.0001, and a rank needs 0.0 GiB: .* most of them activations"),
+        ("parallel.mesh.tp=2", "start 2"),
+        ("engine=deepspeed", "engine=deepspeed looks into its tensors, .* take engine=fsdp"),
+    ],
+)
+def test_a_job_that_cannot_run_says_why(word: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dryrun(dry((*TINY, "parallel=single", word)))
+
+
+@pytest.mark.parametrize(("node", "link"), [(2, "network"), (4, "node")])
+def test_traffic_is_what_each_layer_needs_over_which_link(node: int, link: str) -> None:
+    split = ("parallel=ring", "mask=full", "parallel.layout.placement=contiguous", "engine=fsdp", "world=4")
+    found = estimate(dry((*TINY, *split, f"node={node}", "rank=1")))
+    sent = {(m.kind, m.link): m.bytes for m in found.sent}
+    # 2 layers, 2 sequences of 64 tokens here, keys and values of 2 heads of 8, 3 hops: forward, again in the
+    # backward, and float32 gradients that go one hop further, home
+    shard = 2 * 2 * 64 * 2 * 2 * 8 * 4
+    assert sent["send", link] == shard * (3 + 3 + 3)
+    weights = found.parameters * 4
+    assert sent["reduce-scatter", link] == pytest.approx(weights * 3 / 4, rel=0.01)
+    # the blocks' weights are gathered again in the backward
+    assert weights * 3 / 4 < sent["all-gather", link] < 2 * weights * 3 / 4
+
+
+def test_the_ledger_knows_when_bytes_come_and_go() -> None:
+    with Ledger(wide=7) as ledger:
+        x = torch.ones(4, requires_grad=True)
+        y = x * 2
+        logits = y[:, None] * torch.ones(7)
+        assert (ledger.now["activations"], ledger.now["logits"]) == (16 + 16 + 28, 4 * 28)
+        with ledger.during(HOST):
+            away = y.detach().clone()
+        ledger.name([x], "parameters")
+        assert ledger.now["parameters"] == 16 and ledger.now[HOST] == 16
+        before = ledger.total()
+        del logits, away
+        # autograd held the factor of seven
+        assert before - ledger.total() == 4 * 28 + 28 and ledger.host == 16
+        storage = x.untyped_storage()
+        net = nn.Linear(8, 8)
+        net.weight.untyped_storage().resize_(0)
+        assert ledger.total() == before - 4 * 28 - 28 + 8 * 4 and storage.nbytes() == 16
+    assert ledger.most >= before
