@@ -34,11 +34,21 @@ $(INSTALLED): pyproject.toml
 train: $(INSTALLED) ## train the quickstart over 2 ranks; ARGS='parallel=ulysses ...' changes it
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m longspan.train experiment=quickstart $(ARGS)
 
+# Tests of one process run side by side, then those that share worlds of ranks, which fill the machine alone.
+# 5: TEST_ARGS left none of a kind.
+define tests
+	@code=0; \
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile -m "$(1) and not ranks" $(TEST_ARGS) || code=$$?; \
+	[ $$code -ne 5 ] || code=0; \
+	$(BIN)/pytest -m "$(1) and ranks" $(TEST_ARGS) || { last=$$?; [ $$last -eq 5 ] || code=$$last; }; \
+	exit $$code
+endef
+
 test: check ## ruff, mypy and the fast tests
-	$(BIN)/pytest -m "not slow and not gpu" $(TEST_ARGS)
+	$(call tests,not slow and not gpu)
 
 test-all: check ## ruff, mypy and every test that needs no GPU
-	$(BIN)/pytest -m "not gpu" $(TEST_ARGS)
+	$(call tests,not gpu)
 
 check: lint format-check types ## ruff and mypy
 

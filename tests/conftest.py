@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from jobs import Once
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share worlds of ranks are told apart: those worlds fill a machine by themselves."""
+    for item in items:
+        if {"world", "once"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.ranks)
+
+
 @pytest.fixture(scope="session")
 def world() -> Iterator[Worlds]:
     """`world(4)(fn, *args)` runs `fn(rank, *args)` on four ranks, started when the session first asks."""

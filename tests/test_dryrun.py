@@ -78,7 +78,7 @@ def test_a_job_of_many_ranks_needs_none_of_them(tmp_path: Path, capsys: pytest.C
         ("rank=3", "rank is 3; with world=1 it must be less"),
         ("world=0", "world is 0; it must be at least 1"),
         ("memory_gib=0.0001", "memory_gib is 0.0001, and a rank needs 0.0 GiB: .* most of them activations"),
-        ("parallel.mesh.tp=2", "start 2"),
+        ("parallel.mesh.tp=2", "start a multiple of 2"),
         ("engine=deepspeed", "engine=deepspeed looks into its tensors, .* take engine=fsdp"),
     ],
 )
