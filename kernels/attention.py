@@ -51,6 +51,7 @@ def forward(
         return nothing(q, options)
     name = chosen(q, options, backend)
     if name == "shapes":
+        _check_unseen(mask, q, options, backend)
         return shapes.forward(q, options)
     low = lower(mask, at_q, at_k, k.shape[2], q.device)
     _check_batch(low, q)
@@ -78,6 +79,7 @@ def backward(
         return tuple(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))  # type: ignore[return-value]
     name = chosen(q, options, backend)
     if name == "shapes":
+        _check_unseen(mask, q, options, backend)
         return shapes.backward(q, k, v)
     low = lower(mask, at_q, at_k, k.shape[2], q.device)
     _check_batch(low, q)
@@ -234,6 +236,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, at_q: Spans, at_k: Spans) -> None:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
     if q.dtype != k.dtype or q.dtype != v.dtype or not q.dtype.is_floating_point:
         raise ValueError(f"q, k, v must share a floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
     for name, x, at in (("at_q", q, at_q), ("at_k", k, at_k)):
         if total(at) != x.shape[1]:
             raise ValueError(f"{name} places {total(at)} tokens, but the tensor holds {x.shape[1]}")
@@ -242,6 +246,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, at_q: Spans, at_k: Spans) -> None:
 def _check_rows(q: Tensor, dout: Tensor, given: dict[str, Tensor | None], options: AttentionOptions) -> None:
     """Refuse what the backward gets of each row, if it does not fit q and the normalizer."""
     rows = (q.shape[0], q.shape[2], q.shape[1])
+    for name, x in (given | {"dout": dout}).items():
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, but q is on {q.device}")
     for name, x in given.items():
         if (x is None) != (options.normalizer == "sigmoid"):
             has = "needs it" if x is None else "has none"
@@ -254,6 +261,14 @@ def _check_rows(q: Tensor, dout: Tensor, given: dict[str, Tensor | None], option
         raise ValueError(
             f"dout is {dout.dtype} {tuple(dout.shape)}; it must be floating and shaped as q: {tuple(q.shape)}"
         )
+
+
+def _check_unseen(mask: Mask, q: Tensor, options: AttentionOptions, backend: Backend) -> None:
+    """Refuse, where nothing is computed, what computing would refuse."""
+    if mask.batch() not in (1, q.shape[0]):
+        raise ValueError(f"the mask has documents for {mask.batch()} rows, but the batch has {q.shape[0]}")
+    if backend == "cpu":
+        cpu.refuse(q, options)
 
 
 def _check_batch(low: Lowered, q: Tensor) -> None:

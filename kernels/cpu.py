@@ -60,10 +60,10 @@ def forward(
 
     Half precision is computed in float32: the operator would round `out`, a partial result, to its dtype.
     """
-    _refuse(q, options)
-    scale = options.scaling(q.shape[-1])
+    refuse(q, options)
+    sign, scale = _positive(options.scaling(q.shape[-1]))
     out = torch.zeros(q.shape, dtype=torch.promote_types(q.dtype, torch.float32)).transpose(1, 2)
-    q, k, v = _heads_first(q, k, v)
+    q, k, v = _heads_first(q if sign == 1 else q * sign, k, v)
     lse = q.new_full(q.shape[:3], float("-inf"))
     for group in _groups(mask, low, at_q, at_k, q.shape[1], selection):
         written = 0
@@ -84,10 +84,10 @@ def backward(
     low: Lowered, at_q: Spans, at_k: Spans, options: AttentionOptions, selection: Selection | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv over these keys in the partial dtype, from the whole row's lse and delta [B, Hq, Nq]."""
-    _refuse(q, options)
+    refuse(q, options)
     assert lse is not None and delta is not None
-    scale = options.scaling(q.shape[-1])
-    q, k, v, dout = _heads_first(q, k, v, dout)
+    sign, scale = _positive(options.scaling(q.shape[-1]))
+    q, k, v, dout = _heads_first(q if sign == 1 else q * sign, k, v, dout)
     dead = lse.isinf()
     delta = delta.to(q.dtype).masked_fill(dead, 0.0)
     # exp(score - the largest number) is 0, and with it every gradient of the row
@@ -101,10 +101,11 @@ def backward(
         extra = _sweep(rest, groups(), scale)
         grads = [a + b[..., :-1] for a, b in zip(grads, extra, strict=True)]
     dq, dk, dv = (x.transpose(1, 2) for x in grads)
-    return dq, dk, dv
+    return dq if sign == 1 else dq * sign, dk, dv
 
 
-def _refuse(q: Tensor, options: AttentionOptions) -> None:
+def refuse(q: Tensor, options: AttentionOptions) -> None:
+    """Unsupported, saying what does, where `supports` is false."""
     if not supports(q, options):
         raise Unsupported(
             f"backend='cpu' does softmax without softcap on CPU tensors, not {options.normalizer} with "
@@ -140,6 +141,13 @@ def _groups(
             else:
                 found = selected(selection, mask, at_q, at_k, kv_heads=kv_heads, group=(row, head))
             yield Group(batch, own, own_kv, found)
+
+
+def _positive(scale: float) -> tuple[int, float]:
+    """(sign of q, scale): the operator hides keys before it scales, so that minus infinity times a scale that
+    is not positive would be seen.
+    """
+    return (1, scale) if scale > 0 else (-1, -scale) if scale < 0 else (0, 1.0)
 
 
 def _operate(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ def linear_cross_entropy(
     labels that do not fit, Unsupported for what a forced backend cannot do.
     """
     _check(x, weight, labels, chunk, ignore_index)
+    _check_terms(denominator, z_loss)
     name = chosen(x, weight, z_loss=z_loss, backend=backend)
     if name == "liger":
         whole = by_liger(x, weight, labels, ignore_index=ignore_index, z_loss=z_loss)
@@ -136,10 +137,12 @@ def _check(x: Tensor, weight: Tensor, labels: Tensor, chunk: int, ignore_index: 
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or labels.shape != x.shape[:1]:
         shapes = [tuple(t.shape) for t in (x, weight, labels)]
         raise ValueError(f"x [N, D], weight [V, D] and labels [N] do not fit each other: {shapes}")
+    if not x.is_floating_point() or not weight.is_floating_point():
+        raise ValueError(f"x is {x.dtype}, weight {weight.dtype}; both must be floating")
     if labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype}; they must be torch.int64")
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; it must be at least 1 token")
+    if not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk is {chunk}; it must be a whole number of tokens, at least 1")
     # not on a GPU, where looking at the values would wait for it
     if labels.device.type == "cpu" and labels.numel() and not without_data(labels):
         used = labels[labels != ignore_index]
@@ -148,3 +151,13 @@ def _check(x: Tensor, weight: Tensor, labels: Tensor, chunk: int, ignore_index: 
             raise ValueError(
                 f"label {int(bad[0])} is neither a row of weight (0 to {len(weight) - 1}) nor {ignore_index}"
             )
+
+
+def _check_terms(denominator: Tensor | float, z_loss: float) -> None:
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss is {z_loss}; it must be a number of at least 0")
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(f"denominator has shape {tuple(denominator.shape)}; it must be one number")
+    elif not 0 <= denominator < float("inf"):
+        raise ValueError(f"denominator is {denominator}; it must be a number of at least 0")

@@ -64,7 +64,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, options: AttentionOptio
     """(out, lse) with a dense bool mask [.., Nq, Nk], for autograd to differentiate; for sigmoid lse is 0."""
     times = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(times, 2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (options.scale or q.shape[3] ** -0.5)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * options.scaling(q.shape[3])
     if options.softcap:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     if options.normalizer == "sigmoid":
@@ -109,10 +109,11 @@ def split(draw: Random, at: Spans, parts: int) -> list[tuple[slice, Spans]]:
     return pieces
 
 
-def check_against_reference(mask: Mask, at: At, given: Given) -> None:
+def check_against_reference(mask: Mask, at: At, given: Given, options: AttentionOptions = DEFAULT) -> None:
     """The cpu backend is within the limits of its dtype of the reference in float64."""
     limits = LIMITS[given[0].dtype]
-    ours, reference, exact = door(mask, at, "cpu"), door(mask, at, "reference"), cast(given)
+    ours, reference = (door(mask, at, which, options) for which in ("cpu", "reference"))
+    exact = cast(given)
     (out, lse), (right_out, right_lse) = partial(ours, given), partial(reference, exact)
     assert torch.equal(lse.isinf(), right_lse.isinf())
     dead = right_lse.isinf()

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from longspan.kernels.attention import (
+    AttentionOptions,
+    Unsupported,
     attention,
     backward,
     combine,
@@ -238,3 +240,20 @@ def test_a_nan_does_not_leave_its_document() -> None:
         x[:, 120] = math.nan
     for x in results(given, mask, at, "cpu"):
         assert x[:100].isfinite().logical_or(x[:100] == MINUS_INFINITY).all() and x[200:].isfinite().all()
+
+
+def test_tensors_of_several_devices_are_refused() -> None:
+    q, at = torch.ones(1, 3, 1, 2), (Span(0, 3),)
+    with pytest.raises(ValueError, match="q, k, v must be on one device, got cpu, meta, meta"):
+        attention(q, q.to("meta"), q.to("meta"), Full(), at, at)
+    with pytest.raises(ValueError, match="delta is on meta, but q is on cpu"):
+        rows = torch.ones(1, 1, 3)
+        backward(q, rows.to("meta"), q, q, q, rows, Full(), at, at)
+
+
+def test_what_is_refused_is_refused_without_data_too() -> None:
+    q, at = torch.ones(2, 3, 1, 2, device="meta"), (Span(0, 3),)
+    with pytest.raises(ValueError, match="documents for 3 rows, but the batch has 2"):
+        attention(q, q, q, Documents(((0,), (0,), (0,))), at, at)
+    with pytest.raises(Unsupported, match="backend='cpu' does softmax without softcap"):
+        attention(q, q, q, Full(), at, at, options=AttentionOptions(normalizer="sigmoid"), backend="cpu")

@@ -152,3 +152,11 @@ def test_large_scores_do_not_overflow(backend: Which) -> None:
     right, right_lse = partial(door(Window(20), (at, at), "reference"), cast(given))
     out, lse = partial(door(Window(20), (at, at), backend), given)
     assert out.isfinite().all() and distance(lse, right_lse) < 1e-6 and distance(out, right) < 1e-2
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+@pytest.mark.parametrize("mask", [Causal(), Full(), Window(9), Causal() & First(5)], ids=str)
+def test_a_scale_that_is_not_positive(mask: Mask, scale: float) -> None:
+    at = (Span(0, 300),)
+    given = inputs(300, 300, (4, 2), dtype=torch.float64)
+    check_against_reference(mask, (at, at), given, options=AttentionOptions(scale=scale))

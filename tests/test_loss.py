@@ -1,5 +1,6 @@
 """The chunked loss: the naive one in value and gradients, for any chunk, and nothing where nothing counts."""
 
+import math
 import os
 import subprocess
 import sys
@@ -227,12 +228,19 @@ BAD: list[tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] = [
     (lambda x, w, y: linear_cross_entropy(x, w, y.int(), denominator=1.0), "labels are torch.int32"),
     (
         lambda x, w, y: linear_cross_entropy(x, w, y, denominator=1.0, chunk=0),
-        "chunk is 0; it must be at least 1",
+        "chunk is 0; it must be a whole number of tokens, at least 1",
     ),
     (
         lambda x, w, y: linear_cross_entropy(x, w, y + V, denominator=1.0),
         r"is neither a row of weight \(0 to 49\)",
     ),
+    (lambda x, w, y: linear_cross_entropy(x.long(), w, y, denominator=1.0), "x is torch.int64, weight"),
+    (lambda x, w, y: linear_cross_entropy(x, w, y, denominator=-1.0), "denominator is -1.0; it must be"),
+    (
+        lambda x, w, y: linear_cross_entropy(x, w, y, denominator=torch.ones(2)),
+        r"denominator has shape \(2,\)",
+    ),
+    (lambda x, w, y: linear_cross_entropy(x, w, y, denominator=1.0, z_loss=math.nan), "z_loss is nan"),
     (lambda x, w, y: token_losses(x, w, y.where(y != -100, -1)), r"label -1 is neither .* nor -100"),
 ]
 
