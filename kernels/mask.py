@@ -215,6 +215,8 @@ class Documents(Mask):
         rows = [starts(self, "offsets", row) for row in (raw if nested else [raw])]
         if len({len(row) for row in rows}) > 1:
             raise ValueError("Documents.offsets has rows of different lengths; pad them with the length")
+        if not isinstance(self.inner, Mask | None):
+            raise ValueError(f"Documents.inner is {self.inner!r}; it must be a mask or None")
         if isinstance(self.inner, Bound):
             raise ValueError(
                 "Documents.inner is bound to heads; bind the whole mask instead: Documents(...).heads(...)"
@@ -363,7 +365,8 @@ class Bound(Mask):
             raise ValueError(
                 f"mask.heads: of is {of}, but the mask is bound to {len(self.kv_indices)} kv heads"
             )
-        return Bound(self.mask, tuple(self.kv_indices[i] for i in kv_indices), self.of)
+        local = Bound(self.mask, tuple(kv_indices), of).kv_indices
+        return Bound(self.mask, tuple(self.kv_indices[i] for i in local), self.of)
 
     def batch(self) -> int:
         return self.mask.batch()
@@ -376,6 +379,8 @@ class Bound(Mask):
 
 
 def _compose(kind: type[And] | type[Or], a: Mask, b: Mask) -> Mask:
+    if not isinstance(b, Mask):
+        raise ValueError(f"{a} can be combined with a mask only, not with {b!r}")
     binding = {(m.kv_indices, m.of) for m in (a, b) if isinstance(m, Bound)}
     if len(binding) > 1:
         raise ValueError(

@@ -26,7 +26,8 @@ class AttentionOptions:
             raise ValueError(f"AttentionOptions.normalizer is {self.normalizer!r}; allowed: softmax, sigmoid")
         for name in ("scale", "softcap", "bias"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
+            number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+            if not number and not (name == "scale" and value is None):
                 raise ValueError(f"AttentionOptions.{name} is {value}; it must be a finite number")
         if self.softcap < 0:
             raise ValueError(f"AttentionOptions.softcap is {self.softcap}; it must be at least 0")

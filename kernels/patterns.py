@@ -10,7 +10,7 @@ from .fields import UNLIMITED, integers, require, within
 from .heads import Composed, Heads, PerHead
 from .jit import jit
 from .layers import PerLayer
-from .mask import And, Causal, Documents, Frame, Full, Leaf, Mask, Or, Range, Tree, Window
+from .mask import And, Bound, Causal, Documents, Frame, Full, Leaf, Mask, Or, Range, Tree, Window
 
 
 @jit
@@ -284,6 +284,8 @@ def _check_coverage(mask: Mask, heads: Sequence[int], of: int, layers: int) -> N
                 _check_coverage(part, heads, of, layers)
         case Documents(inner=Mask() as inner):
             _check_coverage(inner, heads, of, layers)
+        case Bound(inner, indices, of=whole):
+            _check_coverage(inner, sorted({*indices}), whole, layers)
         case PerLayer():
             for part, n in zip((mask.most, mask.rest), mask.layers(layers), strict=True):
                 if n:
@@ -304,6 +306,8 @@ def _at_layer(mask: Mask, layer: int, kv_heads: int) -> Mask:
             )
         case Documents(inner=Mask() as inner):
             return replace(mask, inner=_at_layer(inner, layer, kv_heads))
+        case Bound(inner, of=whole):
+            return replace(mask, mask=_at_layer(inner, layer, whole))
         case PerLayer():
             return _at_layer(*mask.at(layer), kv_heads)
         case PerHead(masks):

@@ -59,6 +59,12 @@ def picked(index: Tensor, blocks: int) -> Tensor:
     queries, any], of `blocks`. A number below 0 or from `blocks` on chooses none: selectors that choose fewer
     fill up with -1.
     """
+    if index.ndim != 4 or index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+        raise ValueError(
+            f"index is {index.dtype} {tuple(index.shape)}; it must be integers [batch, heads, blocks, any]"
+        )
+    if blocks < 1:
+        raise ValueError(f"blocks is {blocks}; it must be at least 1")
     found = torch.zeros(*index.shape[:3], blocks + 1, dtype=torch.bool, device=index.device)
     place = index.long().masked_fill((index < 0) | (index >= blocks), blocks)
     return found.scatter_(3, place, True)[..., :blocks]

@@ -336,6 +336,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     (dict(softcap=math.inf), "softcap is inf; it must be a finite number"),
     (dict(scale=-math.inf), "scale is -inf; it must be a finite number"),
     (dict(scale=math.nan), "scale is nan; it must be a finite number"),
+    (dict(scale=True), "scale is True; it must be a finite number"),
+    (dict(softcap=None), "softcap is None; it must be a finite number"),
     (dict(softcap=-1.0), "softcap is -1.0; it must be at least 0"),
     (dict(bias=-3.0), "bias is -3.0; only normalizer='sigmoid' has one"),
 ]

@@ -115,6 +115,10 @@ def test_equal_masks_are_lowered_once() -> None:
 
 
 BAD = [
+    (lambda: Causal() & 3, "can be combined with a mask only, not with 3"),  # type: ignore[operator]
+    (lambda: Documents((0, 3), 3), "Documents.inner is 3; it must be a mask or None"),  # type: ignore[arg-type]
+    (lambda: Causal().heads((0, 1), 4).heads((-1,), 2), r"kv indices \[-1\] are not heads of 2"),
+    (lambda: Causal().heads((0, 1), 4).heads((5,), 2), r"kv indices \[5\] are not heads of 2"),
     (lambda: Window(-1), "Window.left is -1; it must be None or an integer from 0 to"),
     (lambda: Window(1, -2), "Window.right is -2; it must be None or an integer from 0 to"),
     (lambda: Window(2.5), "Window.left is 2.5; it must be None or an integer"),  # type: ignore[arg-type]

@@ -186,6 +186,7 @@ def at(mask: Mask, length: int, kv_heads: int = 2) -> Any:
 
 
 BAD: list[tuple[Any, str]] = [
+    (lambda: layered(Strided(4, 1, 16).heads((0, 1), 2), 1, 2), "blocks unseen"),
     (lambda: Tail(1.5), "Tail.start is 1.5; it must be an integer from 0 to"),  # type: ignore[arg-type]
     (lambda: Tail(-1), "Tail.start is -1; it must be an integer from 0 to"),
     (lambda: Strided(0, 1, 4), "Strided.block is 0; it must be an integer from 1"),

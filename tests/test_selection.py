@@ -141,3 +141,16 @@ def test_no_list_leads_beyond_the_tensor() -> None:
     for field, words in (("full", "lists.full is torch.int64"), ("index", "lists.index is torch.int64")):
         with pytest.raises(ValueError, match=words):
             check_lists(lists._replace(**{field: getattr(lists, field).long()}), 1, 1, (20, 45), (16, 16))
+
+
+@pytest.mark.parametrize(
+    ("index", "blocks", "words"),
+    [
+        (torch.zeros(1, 1, 2, 2), 4, "index is torch.float32"),
+        (torch.zeros(1, 1, 2, dtype=torch.int64), 4, r"index is torch.int64 \(1, 1, 2\)"),
+        (torch.zeros(1, 1, 2, 2, dtype=torch.int64), 0, "blocks is 0; it must be at least 1"),
+    ],
+)
+def test_what_cannot_be_picked_is_refused(index: Tensor, blocks: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        picked(index, blocks)
