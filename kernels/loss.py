@@ -159,5 +159,5 @@ def _check_terms(denominator: Tensor | float, z_loss: float) -> None:
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             raise ValueError(f"denominator has shape {tuple(denominator.shape)}; it must be one number")
-    elif not 0 <= denominator < float("inf"):
+    elif denominator < 0:
         raise ValueError(f"denominator is {denominator}; it must be a number of at least 0")

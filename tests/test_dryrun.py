@@ -51,7 +51,8 @@ def test_two_ranks_send_and_hold_what_it_says(world: Worlds, overrides: tuple[st
     for rank, (sent, most) in enumerate(real):
         found = estimate(dry((*TINY, *overrides, "world=2", f"rank={rank}")))
         assert found.sent == sent and sent
-        assert 0.9 <= found.total / most <= 1.1
+        # when what is on its way is freed depends on when it arrives
+        assert 0.8 <= found.total / most <= 1.2
 
 
 def test_sharded_weights_are_a_share(tmp_path: Path) -> None:
