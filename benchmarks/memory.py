@@ -20,10 +20,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from longspan.launch.dryrun import Dry, estimate, stood_in
-from longspan.train.batch import bind, indices, place
 from longspan.train.config import typed
 from longspan.train.job import Job, Launch, build, processes
-from longspan.train.measure import autocast
+from longspan.train.loop import backward, micro_batches
 
 MODEL = (
     "experiment=tiny", "parallel=single", "data=mock", "data.vocab=4096", "track=none", "train.micro_batch=1",
@@ -74,17 +73,8 @@ def dry(overrides: Sequence[str]) -> DictConfig:
 
 def step(job: Job, number: int) -> None:
     """Forward, backward and optimizer, as the loop does."""
-    train = job.cfg.train
-    groups = indices(
-        number, dp=job.dp, rank=job.dp_rank, micro=train.micro_batch, accumulate=train.accumulate
-    )
-    batches = [job.objective.load(job.data, wanted, number) for wanted in groups]
-    valid = float(sum(b.valid for b in batches)) * job.dp
-    for i, batch in enumerate(batches):
-        placement = place(job.layout, batch, job.mask)
-        part = batch.held(job.layout, placement, job.device)
-        with autocast(job):
-            job.engine.backward(part, bind(job.layout, placement), valid, last=i == len(batches) - 1)
+    batches = micro_batches(job, job.global_batch * number, number)
+    backward(job, batches, float(sum(b.valid for b in batches)) * job.dp)
     job.engine.step(1e-3, 1.0)
 
 

@@ -23,12 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from ..train.agree import Ranks
-from ..train.batch import bind, indices, place
 from ..train.config import Root, made, typed
 from ..train.engine.deepspeed import DeepSpeed
 from ..train.entry import entry, guarded
 from ..train.job import Job, Launch, assembled, build_layout, check_numbers
-from ..train.measure import autocast
+from ..train.loop import backward, micro_batches
 from ..train.progress import size
 from .ledger import HOST, Ledger, Moved
 
@@ -144,15 +143,9 @@ def _stepped(job: Job, ledger: Ledger, shapes: FakeTensorMode) -> Estimate:
         p.register_post_accumulate_grad_hook(lambda p: ledger.name([p.grad], "gradients"))
     if job.host is not None:
         job.host.pack = ledger.during(HOST)(job.host.pack)  # type: ignore[method-assign]
-    train = job.cfg.train
-    groups = indices(0, dp=job.dp, rank=job.dp_rank, micro=train.micro_batch, accumulate=train.accumulate)
-    batches = [job.objective.load(job.data, wanted, 0) for wanted in groups]
+    train, batches = job.cfg.train, micro_batches(job, 0, 0)
     valid = float(sum(b.valid for b in batches)) * job.dp
-    for i, batch in enumerate(batches):
-        placement = place(job.layout, batch, job.mask)
-        part = _emptied(batch.held(job.layout, placement, job.device), shapes)
-        with autocast(job):
-            job.engine.backward(part, bind(job.layout, placement), valid, last=i == len(batches) - 1)
+    backward(job, batches, valid, lambda part: _emptied(part, shapes))
     ledger.name([p.grad for p in trained if p.grad is not None], "gradients")
     with ledger.during("optimizer"):
         job.engine.step(job.optim.lr_at(0, train.steps), train.clip)

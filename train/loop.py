@@ -4,13 +4,14 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .batch import Batch, bind, indices, place
 from .checkpoint import Checkpoints, SaveError
@@ -102,7 +103,7 @@ class Loop:
     def _step(self) -> dict[str, float]:
         job, state = self.job, self.state
         lr = job.optim.lr_at(state.step, job.cfg.train.steps)
-        batches = list(self._batches())
+        batches = micro_batches(job, state.samples, state.step)
         job.layout.traffic.reset()
         counts = torch.tensor(
             [sum(b.valid for b in batches), sum(b.rows * b.length for b in batches)], dtype=torch.float64
@@ -110,15 +111,7 @@ class Loop:
         if job.dp > 1:
             dist.all_reduce(counts, group=job.mesh["dp"].get_group())
         valid = max(1.0, float(counts[0]))
-        loss = torch.zeros((), dtype=torch.float64, device=job.device)
-        for i, batch in enumerate(batches):
-            placement = place(job.layout, batch, job.mask)
-            part = batch.held(job.layout, placement, job.device)
-            with autocast(job):
-                share = job.engine.backward(
-                    part, bind(job.layout, placement), valid, last=i == len(batches) - 1
-                )
-            loss += share.double()
+        loss = backward(job, batches, valid)
         dist.all_reduce(loss)
         mean = float(loss)
         norm = job.engine.step(lr, job.cfg.train.clip) if math.isfinite(mean) else math.nan
@@ -133,18 +126,6 @@ class Loop:
         state.tokens += int(counts[1])
         values = self.meter.update(state.step, int(counts[1]), job.objective.flops(batches) * job.dp)
         return {"loss": mean, "grad_norm": norm, "lr": lr, "tokens": state.tokens, "valid": valid, **values}
-
-    def _batches(self) -> Iterator[Batch]:
-        """This step's micro batches on this dp rank: the same samples whatever the ranks are."""
-        job, train = self.job, self.job.cfg.train
-        for wanted in indices(
-            self.state.samples,
-            dp=job.dp,
-            rank=job.dp_rank,
-            micro=train.micro_batch,
-            accumulate=train.accumulate,
-        ):
-            yield job.objective.load(job.data, wanted, self.state.step)
 
     def evaluate(self, samples: int) -> None:
         """The first `samples` held-out samples, measured and recorded."""
@@ -191,6 +172,31 @@ class Loop:
             self.record.note(f"checkpoint failed, training goes on: {error}")
             return False
         return True
+
+
+def micro_batches(job: Job, first: int, step: int) -> list[Batch]:
+    """The micro batches on this dp rank of the step that starts at sample `first`: the same samples whatever
+    the ranks are.
+    """
+    micro, several = job.cfg.train.micro_batch, job.cfg.train.accumulate
+    groups = indices(first, dp=job.dp, rank=job.dp_rank, micro=micro, accumulate=several)
+    return [job.objective.load(job.data, wanted, step) for wanted in groups]
+
+
+def backward(
+    job: Job, batches: list[Batch], valid: float, given: Callable[[Any], Any] = lambda part: part
+) -> Tensor:
+    """Gradients of a step, and this rank's share of its loss, float64. given: what an objective takes of the
+    part that is held here.
+    """
+    loss = torch.zeros((), dtype=torch.float64, device=job.device)
+    for i, batch in enumerate(batches):
+        placement = place(job.layout, batch, job.mask)
+        part = given(batch.held(job.layout, placement, job.device))
+        with autocast(job):
+            share = job.engine.backward(part, bind(job.layout, placement), valid, last=i == len(batches) - 1)
+        loss += share.double()
+    return loss
 
 
 def extra(job: Job, state: State) -> dict[str, Any]:
