@@ -14,7 +14,7 @@ from .lower import Lowered, lower
 from .mask import Mask, Unsupported
 from .options import AttentionOptions
 from .selection import Selection, picked
-from .span import Spans, total
+from .span import Span, Spans, total
 
 Backend = Literal["auto", "reference", "cpu", "triton", "sdpa"]
 DEFAULT = AttentionOptions()
@@ -45,7 +45,7 @@ def forward(
 
     Not differentiable; a row without a visible key is out = 0, lse = -inf.
     """
-    check(q, k, v, at_q, at_k)
+    check(q, k, v, mask, at_q, at_k)
     more = _selected(selection, q, k)
     if not total(at_q) or not total(at_k):
         return nothing(q, options)
@@ -71,7 +71,7 @@ def backward(
     delta = rowsum(dout * out) - dlse, [B, Hq, Nq]; both None for sigmoid. Gradients over disjoint keys sum to
     the whole.
     """
-    check(q, k, v, at_q, at_k)
+    check(q, k, v, mask, at_q, at_k)
     more = _selected(selection, q, k)
     _check_rows(q, dout, {"lse": lse, "delta": delta}, options)
     if not total(at_q) or not total(at_k):
@@ -223,8 +223,10 @@ def partial_dtype(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, at_q: Spans, at_k: Spans) -> None:
-    """Refuse shapes, dtypes and spans that do not fit each other."""
+def check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, at_q: Spans, at_k: Spans) -> None:
+    """Refuse a mask that is none, and shapes, dtypes and spans that do not fit each other."""
+    if not isinstance(mask, Mask):
+        raise ValueError(f"mask is {mask!r}; it must be a mask, such as Full() where every key is seen")
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
             f"q, k, v must be [batch, tokens, heads, head_dim] and k like v, got {tuple(q.shape)}, "
@@ -232,6 +234,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, at_q: Spans, at_k: Spans) -> None:
         )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head_dim")
+    if not q.shape[3]:
+        raise ValueError(f"q is {tuple(q.shape)}: head_dim is 0; it must be at least 1")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
     if q.dtype != k.dtype or q.dtype != v.dtype or not q.dtype.is_floating_point:
@@ -239,6 +243,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, at_q: Spans, at_k: Spans) -> None:
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
     for name, x, at in (("at_q", q, at_q), ("at_k", k, at_k)):
+        if not isinstance(at, tuple) or not all(isinstance(span, Span) for span in at):
+            raise ValueError(f"{name} is a {type(at).__name__}; it must be a tuple of Span, not positions")
         if total(at) != x.shape[1]:
             raise ValueError(f"{name} places {total(at)} tokens, but the tensor holds {x.shape[1]}")
 

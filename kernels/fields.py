@@ -38,6 +38,15 @@ def require(mask: object, low: int, *names: str, high: int = UNLIMITED - 1, also
         object.__setattr__(mask, name, found)
 
 
+def at_least_one(where: str = "", **sizes: Any) -> None:
+    """ValueError unless each is an integer of at least 1, naming the first that is not, after `where`."""
+    for name, value in sizes.items():
+        found = integer(value)
+        if found is None or found < 1:
+            kind = "an integer of at least 1" if found is None else "at least 1"
+            raise ValueError(f"{where}{name} is {value!r}; it must be {kind}")
+
+
 def integers(mask: object, name: str, low: int, high: int = UNLIMITED - 1) -> tuple[int, ...]:
     """The field as a tuple, whatever sequence it was given as; ValueError unless it holds such integers."""
     value = getattr(mask, name)
@@ -51,9 +60,9 @@ def integers(mask: object, name: str, low: int, high: int = UNLIMITED - 1) -> tu
     return found
 
 
-def starts(mask: object, name: str, row: Iterable[Any]) -> tuple[int, ...]:
+def starts(mask: object, name: str, row: Any) -> tuple[int, ...]:
     """One row of the field as a tuple; ValueError unless it holds sorted integers, the first 0."""
-    given = tuple(row)
+    given = tuple(row) if isinstance(row, Iterable) else (row,)
     found = tuple(x for x in map(integer, given) if x is not None)
     ordered = all(a <= b for a, b in zip(found, found[1:], strict=False))
     if not given or len(found) != len(given) or found[0] != 0 or found[-1] > UNLIMITED or not ordered:

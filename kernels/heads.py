@@ -70,11 +70,13 @@ class PerHead(Composed):
     masks: tuple[Mask, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "masks", tuple(self.masks))
-        if not self.masks or any(not isinstance(m, Mask) or isinstance(m, Bound) for m in self.masks):
+        given: Any = self.masks
+        masks = tuple(given) if isinstance(given, Iterable) else ()
+        if not masks or any(not isinstance(m, Mask) or isinstance(m, Bound) for m in masks):
             raise ValueError(
-                f"PerHead.masks is {self.masks}; it must hold a mask for each kv head, none bound to heads"
+                f"PerHead.masks is {given}; it must hold a mask for each kv head, none bound to heads"
             )
+        object.__setattr__(self, "masks", masks)
 
     @property
     def shift_invariant(self) -> bool:  # type: ignore[override]

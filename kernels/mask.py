@@ -76,7 +76,7 @@ class Mask(ABC):
 
     def heads(self, kv_indices: Sequence[int], of: int) -> "Mask":
         """For a tensor whose kv head i is the global kv head `kv_indices[i]` of `of`; repeats allowed."""
-        return Bound(self, tuple(kv_indices), of)
+        return Bound(self, kv_indices, of)  # type: ignore[arg-type]
 
     def batch(self) -> int:
         """Rows that the mask tells apart: 1 if it is the same for every row of a batch."""
@@ -211,7 +211,7 @@ class Documents(Mask):
     def __post_init__(self) -> None:
         # of a tensor or array at once: its elements one by one are slow
         raw: Any = self.offsets.tolist() if hasattr(self.offsets, "tolist") else self.offsets
-        nested = len(raw) > 0 and isinstance(raw[0], Iterable)
+        nested = isinstance(next(iter(raw), None) if isinstance(raw, Iterable) else None, Iterable)
         rows = [starts(self, "offsets", row) for row in (raw if nested else [raw])]
         if len({len(row) for row in rows}) > 1:
             raise ValueError("Documents.offsets has rows of different lengths; pad them with the length")
@@ -346,11 +346,12 @@ class Bound(Mask):
 
     def __post_init__(self) -> None:
         require(self, 1, "of")
-        found = tuple(map(integer, self.kv_indices))
-        bad = [i for i, x in zip(self.kv_indices, found, strict=True) if x is None or not 0 <= x < self.of]
+        indices: Any = self.kv_indices
+        found = [(i, integer(i)) for i in (indices if isinstance(indices, Iterable) else [repr(indices)])]
+        bad = [i for i, x in found if x is None or not 0 <= x < self.of]
         if bad:
             raise ValueError(f"mask.heads: kv indices {bad} are not heads of {self.of}, 0 to {self.of - 1}")
-        object.__setattr__(self, "kv_indices", found)
+        object.__setattr__(self, "kv_indices", tuple(x for _, x in found))
 
     @property
     def shift_invariant(self) -> bool:  # type: ignore[override]

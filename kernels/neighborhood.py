@@ -249,8 +249,9 @@ def brick_order(grid: Sequence[int], brick: Sequence[int], dilation: int | Seque
     The bricks, and the tokens in each, stand in row-major order; bricks at the far ends are cut to the grid.
     With a dilation, the positions of one residue are a grid of their own, and these follow each other.
     """
-    steps = (dilation,) * len(grid) if isinstance(dilation, int) else tuple(dilation)
-    if not 1 <= len(grid) == len(brick) == len(steps) <= 3 or min(*grid, *brick, *steps) < 1:
+    steps = tuple(dilation) if isinstance(dilation, Iterable) else (dilation,) * len(grid)
+    found = [integer(x) for x in (*grid, *brick, *steps)]
+    if not 1 <= len(grid) == len(brick) == len(steps) <= 3 or any(x is None or x < 1 for x in found):
         raise ValueError(
             f"brick is {tuple(brick)} and dilation {dilation} for the grid {tuple(grid)}; they must hold an "
             "integer of at least 1 for each of its 1 to 3 axes"

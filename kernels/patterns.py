@@ -1,16 +1,15 @@
-"""Sparse masks over blocks: strided (S2), anchored (star), shifted and permuted; and a model's, by layer."""
+"""Sparse masks over blocks: strided (S2), anchored (star), shifted and permuted."""
 
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .fields import UNLIMITED, integers, require, within
-from .heads import Composed, Heads, PerHead
+from .fields import UNLIMITED, at_least_one, integers, require, within
+from .heads import Composed, PerHead
 from .jit import jit
-from .layers import PerLayer
-from .mask import And, Bound, Causal, Documents, Frame, Full, Leaf, Mask, Or, Range, Tree, Window
+from .mask import Frame, Leaf, Mask, Range, Tree
 
 
 @jit
@@ -92,16 +91,12 @@ class Strided(Leaf):
 
     def coverage(self, kv_heads: int, layers: int) -> bool:
         """Whether each query sees the whole context in some head of some layer, where layer l adds
-        l % max(1, stride // kv_heads) to the offset.
+        l % max(1, stride // kv_heads) to the offset. ValueError without heads or layers.
         """
-        return self.dense_heads > 0 or not self.unseen(range(kv_heads), kv_heads, layers)
-
-    def unseen(self, heads: Iterable[int], of: int, layers: int) -> int:
-        """Of `stride` blocks in a row, how many are seen from afar by none of these heads in no layer."""
-        step = self.step(of)
-        return self.stride - len(
-            {(h * step + layer) % self.stride for h in heads for layer in range(min(step, layers))}
-        )
+        at_least_one(kv_heads=kv_heads, layers=layers)
+        step = self.step(kv_heads)
+        seen = {h * step + layer for h in range(kv_heads) for layer in range(min(step, layers))}
+        return self.dense_heads > 0 or len({shift % self.stride for shift in seen}) == self.stride
 
 
 def same_block(q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -230,86 +225,3 @@ class BlockPermutation(Leaf):
         last = first + q_high - q_low
         some = ((first <= k_high) & (k_low <= last)) | (k_low + self.blocks <= last)
         return some, (first == k_high) & (k_low == last)
-
-
-def layered(mask: Mask, layers: int, kv_heads: int) -> tuple[Mask, ...]:
-    """A mask for each layer, so that the heads of all layers together see the whole context.
-
-    Layer l adds l % max(1, stride // kv_heads) to the offset of each `Strided` in the mask. ValueError if
-    blocks are left unseen all the same and no head is dense. Of a `PerLayer` each layer gets its part,
-    for which the layers that share it count alone.
-    """
-    if not any(_dense(mask, h, kv_heads, layers) for h in range(kv_heads)):
-        _check_coverage(mask, range(kv_heads), kv_heads, layers)
-    return tuple(_at_layer(mask, layer, kv_heads) for layer in range(layers))
-
-
-def _dense(mask: Mask, h: int, of: int, layers: int) -> bool:
-    """Whether kv head h sees all that came before in some layer."""
-    match mask:
-        case Full() | Causal() | Window(left=None) | Documents(inner=None):
-            return True
-        case Heads(start, stop):
-            return start <= h < stop
-        case Strided():
-            return mask.stride == 1 or h < mask.dense_heads
-        case And(left, right):
-            return _dense(left, h, of, layers) and _dense(right, h, of, layers)
-        case Or(left, right):
-            return _dense(left, h, of, layers) or _dense(right, h, of, layers)
-        case Documents(inner=Mask() as inner):
-            return _dense(inner, h, of, layers)
-        case PerLayer():
-            parts = zip((mask.most, mask.rest), mask.layers(layers), strict=True)
-            return any(n > 0 and _dense(m, h, of, n) for m, n in parts)
-        case PerHead():
-            return _dense(mask.masks_of(of)[h], h, of, layers)
-    return False
-
-
-def _check_coverage(mask: Mask, heads: Sequence[int], of: int, layers: int) -> None:
-    match mask:
-        case Strided():
-            unseen = mask.unseen(heads, of, layers)
-            if unseen:
-                most = min(mask.stride, len(heads) * layers)
-                strides = (replace(mask, stride=stride) for stride in range(most, 0, -1))
-                fits = next(s.stride for s in strides if not s.unseen(heads, of, layers))
-                raise ValueError(
-                    f"{mask}: {len(heads)} of {of} kv heads in {layers} layers leave {unseen} of every "
-                    f"{mask.stride} blocks unseen; stride={fits} or dense_heads={heads[0] + 1} leave none"
-                )
-        case And(left, right) | Or(left, right):
-            for part in (left, right):
-                _check_coverage(part, heads, of, layers)
-        case Documents(inner=Mask() as inner):
-            _check_coverage(inner, heads, of, layers)
-        case Bound(inner, indices, of=whole):
-            _check_coverage(inner, sorted({*indices}), whole, layers)
-        case PerLayer():
-            for part, n in zip((mask.most, mask.rest), mask.layers(layers), strict=True):
-                if n:
-                    _check_coverage(part, heads, of, n)
-        case PerHead():
-            masks = mask.masks_of(of)
-            for part in dict.fromkeys(masks):
-                _check_coverage(part, [h for h in heads if masks[h] == part], of, layers)
-
-
-def _at_layer(mask: Mask, layer: int, kv_heads: int) -> Mask:
-    match mask:
-        case Strided():
-            return replace(mask, offset=mask.offset + layer % mask.step(kv_heads))
-        case And(left, right) | Or(left, right):
-            return replace(
-                mask, left=_at_layer(left, layer, kv_heads), right=_at_layer(right, layer, kv_heads)
-            )
-        case Documents(inner=Mask() as inner):
-            return replace(mask, inner=_at_layer(inner, layer, kv_heads))
-        case Bound(inner, of=whole):
-            return replace(mask, mask=_at_layer(inner, layer, whole))
-        case PerLayer():
-            return _at_layer(*mask.at(layer), kv_heads)
-        case PerHead(masks):
-            return PerHead(tuple(_at_layer(m, layer, kv_heads) for m in masks))
-    return mask

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .fields import UNLIMITED, integer
+from .fields import UNLIMITED, at_least_one, integer
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,9 @@ def positions(spans: Sequence[Span], device: torch.device | None = None) -> Tens
 
 def bounds(spans: Sequence[Span], tile: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Least and greatest position in each tile of `tile` held tokens (the last tile may be short): two int64
-    [tiles].
+    [tiles]. ValueError for a tile below 1.
     """
+    at_least_one(tile=tile)
     at = positions(spans, device)
     short = -len(at) % tile
     if short:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .cells import Grid, cells, held, kinds, strips
 from .concrete import concrete
+from .fields import at_least_one
 from .kept import kept
 from .lists import ranges
 from .lower import Lowered, lower, visible
@@ -64,8 +65,9 @@ def tiles(
     device: torch.device,
 ) -> Tiles:
     """Lists of tiles of `size` (queries, keys) held tokens. Built on `device`; never from a matrix of
-    tokens.
+    tokens. ValueError for a size below 1.
     """
+    at_least_one("tiles.", queries=size[0], keys=size[1])
     counts = (-(-total(at_q) // size[0]), -(-total(at_k) // size[1]))
     if 0 in counts:
         none = torch.zeros(1, 1, *(counts[::-1] if transpose else counts), dtype=torch.bool, device=device)
@@ -139,7 +141,10 @@ def _ordered(
 
 @concrete
 def needed(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, *, tile: int = 128) -> bool:
-    """Whether any query at `at_q` may see any key at `at_k`: false only if surely none does."""
+    """Whether any query at `at_q` may see any key at `at_k`: false only if surely none does. ValueError for
+    a tile below 1.
+    """
+    at_least_one(tile=tile)
     if not total(at_q) or not total(at_k):
         return False
     cpu = torch.device("cpu")
@@ -150,8 +155,9 @@ def needed(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, *, tile: int = 1
 @concrete
 def area(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, *, tile: int = 64) -> int:
     """Visible (query, key) pairs, summed over the mask's batch rows and averaged over kv heads, rounded
-    down.
+    down. ValueError for a tile below 1.
     """
+    at_least_one(tile=tile)
     if not total(at_q) or not total(at_k):
         return 0
     cpu = torch.device("cpu")

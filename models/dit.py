@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..kernels.fields import at_least_one
 from ..kernels.mask import Documents, Mask, Offsets
 from .adaln import (
     ClassEmbedder,
@@ -25,7 +26,7 @@ from .grids import regridded
 from .macs import macs
 from .patch import axes, patch_grid, places, sincos
 from .rope import GridRope, rotate
-from .settings import check_sizes, head_dim_of, layer_masks
+from .settings import head_dim_of, layer_masks
 
 Angles = tuple[Tensor, Tensor] | None
 
@@ -92,7 +93,9 @@ class DiT(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
-        check_sizes(channels=channels, dim=dim, layers=layers, heads=heads, classes=classes, hidden=hidden)
+        at_least_one(
+            "model.", channels=channels, dim=dim, layers=layers, heads=heads, classes=classes, hidden=hidden
+        )
         if embedding not in ("sincos", "learned", "none"):
             raise ValueError(f"model.embedding is {embedding!r}; it can be sincos, learned or none")
         self.grid, self.patch = patch_grid(size, patch), axes(patch, len(size), "patch")

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..kernels.fields import at_least_one
+from ..kernels.layers import layered
 from ..kernels.mask import Causal, Documents, Mask, Offsets, Window
-from ..kernels.patterns import layered
 from .block import Attend, Attends, Attention, Bias, SwiGLU, attend_of
 from .rope import Rope
 
@@ -50,9 +51,7 @@ class GPT(nn.Module):
             raise ValueError("model.vocab is null; give the number of token ids")
         kv_heads = heads if kv_heads is None else kv_heads
         sizes = {"vocab": vocab, "dim": dim, "layers": layers, "hidden": hidden}
-        for name, size in (sizes | {"heads": heads, "kv_heads": kv_heads}).items():
-            if size < 1:
-                raise ValueError(f"model.{name} is {size}; it must be at least 1")
+        at_least_one("model.", **sizes, heads=heads, kv_heads=kv_heads)
         if heads % kv_heads:
             raise ValueError(
                 f"model.heads is {heads}, model.kv_heads {kv_heads}: heads must be a multiple of kv_heads"
@@ -66,10 +65,7 @@ class GPT(nn.Module):
             raise ValueError(
                 f"the head dim is {head_dim}; RoPE turns pairs, so it must be even (model.head_dim)"
             )
-        mask = Causal() if mask is None else mask
-        masks = layered(mask, layers, kv_heads) if isinstance(mask, Mask) else tuple(mask)
-        if len(masks) != layers:
-            raise ValueError(f"{len(masks)} masks for {layers} layers: give one, or one a layer")
+        masks = layered(Causal() if mask is None else mask, layers, kv_heads)
         self.windows = _windows(window, layers)
         self.masks = tuple(_near(*both) for both in zip(masks, self.windows, strict=True))
         self.rope, self.bias, self.eps = rope or Rope(), bias, eps

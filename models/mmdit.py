@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.fields import at_least_one
 from ..kernels.mask import Mask
 from .adaln import (
     ClassEmbedder,
@@ -27,7 +28,7 @@ from .grids import regridded
 from .macs import macs
 from .patch import axes, patch_grid, places
 from .rope import GridRope, rotate
-from .settings import check_sizes, head_dim_of, layer_masks
+from .settings import head_dim_of, layer_masks
 
 Joint = tuple[Tensor, Tensor, Tensor]  # q, k, v of the text, [B, J, H, D]
 
@@ -164,7 +165,7 @@ class MMDiT(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
-        check_sizes(channels=channels, dim=dim, heads=heads, hidden=hidden, text_dim=text_dim)
+        at_least_one("model.", channels=channels, dim=dim, heads=heads, hidden=hidden, text_dim=text_dim)
         if min(double, single) < 0 or double + single < 1:
             raise ValueError(f"model.double is {double}, model.single {single}: together at least 1 block")
         self.grid, self.patch = patch_grid(size, patch), axes(patch, len(size), "patch")
@@ -179,7 +180,7 @@ class MMDiT(nn.Module):
         self.t_embedder = TimeEmbedder(dim, freq_dim, time_scale)
         self.pooled_in = None
         if pooled_dim is not None:
-            check_sizes(pooled_dim=pooled_dim)
+            at_least_one("model.", pooled_dim=pooled_dim)
             self.pooled_in = nn.Sequential(nn.Linear(pooled_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.y_embedder = None if classes is None else ClassEmbedder(classes, dim)
         doubles = [

@@ -7,15 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.attention import attention
+from ..kernels.fields import at_least_one
 from ..kernels.mask import Documents, Full, Mask, Offsets
 from ..kernels.span import Span
-from .adaln import ClassEmbedder, PatchEmbed, TimeEmbedder, modulate, per_token, plain_norm
+from .adaln import (
+    ClassEmbedder,
+    PatchEmbed,
+    SequentialMlp,
+    TimeEmbedder,
+    modulate,
+    per_token,
+    plain_norm,
+)  # fmt: skip
 from .block import Attend, Attends, HeadNorm, attend_of
 from .grids import regridded
 from .macs import macs
 from .patch import axes, patch_grid, places
 from .rope import GridRope, rotate
-from .settings import check_sizes, head_dim_of, layer_masks
+from .settings import head_dim_of, layer_masks
 
 Text = tuple[Tensor, tuple[int, ...] | None]  # [B, J, dim], and how many tokens of each row are text
 
@@ -69,7 +78,7 @@ class Block(nn.Module):
         self.self_attn = Projections(dim, heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps=eps) if text else None
         self.cross_attn = Projections(dim, heads, eps) if text else None
-        self.ffn = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+        self.ffn = SequentialMlp(dim, hidden)
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
@@ -123,7 +132,7 @@ class VideoDiT(nn.Module):
         eps: float = 1e-6,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_sizes(channels=channels, dim=dim, layers=layers, heads=heads, hidden=hidden)
+        at_least_one("model.", channels=channels, dim=dim, layers=layers, heads=heads, hidden=hidden)
         self.grid, self.patch = patch_grid(size, patch), axes(patch, len(size), "patch")
         self.kv_heads, self.classes = heads, classes
         self.text_dim, self.pooled_dim = text_dim, None
@@ -136,7 +145,7 @@ class VideoDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.text_embedding = None
         if text_dim is not None:
-            check_sizes(text_dim=text_dim)
+            at_least_one("model.", text_dim=text_dim)
             two = nn.Linear(text_dim, dim), nn.Linear(dim, dim)
             self.text_embedding = nn.Sequential(two[0], nn.GELU(approximate="tanh"), two[1])
         self.class_embedding = None if classes is None else ClassEmbedder(classes, dim)

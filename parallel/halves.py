@@ -153,7 +153,7 @@ class Joined:
         refuse_misfits(self.size, q, k, mask, placement)
         self.refuse(mask, placement, k.shape[2])
         at = placement.spans_by_rank[self.rank]
-        check(q, k, v, at, at)
+        check(q, k, v, mask, at, at)
         result: tuple[Tensor, Tensor | None]
         if joint is None:
             result = _Joined.apply(q, k, v, self, mask, placement, options)

@@ -154,7 +154,7 @@ def weighted(rows: Rows, own: Tensor, whole: Tensor) -> Rows:
 
 def check_joint(joint: Joint, q: Tensor, k: Tensor) -> None:
     """Refuse joint tokens that do not fit each other, or the sequence's local q and k."""
-    check(*joint, span(joint), span(joint))
+    check(*joint, Full(), span(joint), span(joint))
     for name, own, other in (("q", joint.q, q), ("k", joint.k, k)):
         if own.shape[0] != other.shape[0] or own.shape[2:] != other.shape[2:] or own.dtype != other.dtype:
             raise ValueError(

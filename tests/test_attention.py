@@ -268,6 +268,7 @@ BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     (dict(k=(1, 4, 1, 6), v=(1, 4, 1, 6)), "differ in batch or head_dim"),
     (dict(q=(1, 4, 3, 8), k=(1, 4, 2, 8), v=(1, 4, 2, 8)), "3 query heads are not a multiple of 2 kv heads"),
     (dict(k=(1, 4, 0, 8), v=(1, 4, 0, 8)), "2 query heads are not a multiple of 0 kv heads"),
+    (dict(q=(1, 4, 2, 0), k=(1, 4, 1, 0), v=(1, 4, 1, 0)), "head_dim is 0; it must be at least 1"),
     (dict(q=(1, 5, 2, 8)), "at_q places 4 tokens, but the tensor holds 5"),
     (dict(k=(1, 6, 1, 8), v=(1, 6, 1, 8)), "at_k places 4 tokens, but the tensor holds 6"),
 ]
@@ -278,6 +279,21 @@ def test_shapes_that_do_not_fit_are_refused(shapes: dict[str, Any], message: str
     q, k, v = (torch.zeros(shapes.get(name, (1, 4, 2 if name == "q" else 1, 8))) for name in "qkv")
     with pytest.raises(ValueError, match=message):
         attention(q, k, v, Causal(), AT, AT)
+
+
+@pytest.mark.parametrize(
+    ("mask", "at_q", "message"),
+    [
+        (None, AT, "mask is None; it must be a mask, such as"),
+        (Causal(), list(AT), "at_q is a list; it must be a tuple of Span"),
+        (Causal(), torch.arange(4), "at_q is a Tensor; it must be a tuple of Span, not positions"),
+        (Causal(), (0, 1, 2, 3), "at_q is a tuple; it must be a tuple of Span, not positions"),
+    ],
+)
+def test_what_is_no_mask_or_span_is_refused(mask: Any, at_q: Any, message: str) -> None:
+    q = torch.zeros(1, 4, 1, 8)
+    with pytest.raises(ValueError, match=message):
+        attention(q, q, q, mask, at_q, AT)
 
 
 def test_dtypes_and_rows_that_do_not_fit_are_refused() -> None:

@@ -1,6 +1,7 @@
 """A model's masks by layer: together the heads see the whole context; presets serve models of any size."""
 
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
 from longspan.kernels.heads import Heads, PerHead
+from longspan.kernels.layers import PerLayer, _at_layers, layered
 from longspan.kernels.lower import lower, visible
 from longspan.kernels.mask import Bound, Causal, Documents, First, Full, Mask, Window
 from longspan.kernels.neighborhood import Neighborhood
-from longspan.kernels.patterns import Shifted, Strided, layered
+from longspan.kernels.patterns import Shifted, Strided
 from longspan.kernels.span import Span
 
 CPU = torch.device("cpu")
@@ -86,6 +88,71 @@ def test_a_dense_head_is_enough(mask: Mask) -> None:
 def test_a_model_that_leaves_blocks_unseen_is_refused(mask: Mask, layers: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layered(mask, layers, 2)
+
+
+def composed(turn: Random, depth: int) -> Mask:
+    """Of strided masks without near blocks, whose visibility is the same for every query."""
+    pick = turn.randrange(6 if depth else 1)
+    if pick == 1:
+        return composed(turn, depth - 1) & composed(turn, depth - 1)
+    if pick == 2:
+        return composed(turn, depth - 1) | composed(turn, depth - 1)
+    if pick == 3:
+        return PerHead((composed(turn, depth - 1), composed(turn, depth - 1)))
+    if pick == 4:
+        return Heads(turn.randrange(2), 2) & composed(turn, depth - 1)
+    if pick == 5:
+        return PerLayer(composed(turn, 0), composed(turn, 0), turn.choice((2, 3)))
+    block, stride, offset = turn.choice((2, 3)), turn.choice((2, 3, 4)), turn.randrange(4)
+    return Strided(block, 0, stride, offset=offset, dense_heads=turn.randrange(12) // 11)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("listed", [False, True], ids=["one mask", "a list"])
+def test_only_models_that_leave_blocks_unseen_are_refused(layers: int, listed: bool) -> None:
+    turn, at, refused, n = Random(layers), (Span(0, 72),), 0, 120
+    for _ in range(n):
+        mask = [composed(turn, 2) for _ in range(layers)] if listed else composed(turn, 2)
+        try:
+            layered(mask, layers, 2)
+            whole = True
+        except ValueError as error:
+            assert "blocks unseen" in str(error)
+            whole, refused = False, refused + 1
+        # what the layers would be, were they not checked
+        each = tuple(mask) if isinstance(mask, list) else _at_layers(mask, layers, 2)
+        seen = torch.stack([visible(lower(m, at, at, 2, CPU))[0].any(0)[0] for m in each]).any(0)
+        assert whole == bool(seen.all()), mask
+    assert 0.1 * n < refused < 0.9 * n
+
+
+def test_the_stride_that_is_named_leaves_none_unseen() -> None:
+    def either(stride: int) -> Mask:
+        return (Strided(4, 1, stride) | Strided(4, 1, stride, offset=1)) & Causal()
+
+    with pytest.raises(ValueError, match="leave 4 of every 10 blocks unseen; stride=6 or dense_heads=1"):
+        layered(either(10), 2, 2)
+    assert len(layered(either(6), 2, 2)) == 2
+
+
+def test_strides_that_cannot_be_compared_are_refused() -> None:
+    far = Strided(1, 0, 2**20 - 3) | Strided(1, 0, 2**20 - 5)
+    with pytest.raises(ValueError, match="too many to compare; choose blocks and strides"):
+        layered(far, 2, 2)
+    assert len(layered(far | Causal(), 2, 2)) == 2
+
+
+def test_layers_and_heads_that_cannot_be_are_refused() -> None:
+    for made, message in (
+        (lambda: layered(Causal(), 0, 2), "layers is 0; it must be at least 1"),
+        (lambda: layered(Causal(), 2, 0), "kv_heads is 0; it must be at least 1"),
+        (lambda: layered([Causal(), None], 2, 2), "None among the masks for 2 layers"),  # type: ignore[list-item]
+        (lambda: layered([Causal()], 2, 2), "1 masks for 2 layers: give one, or one a layer"),
+        (lambda: Strided(4, 1, 4).coverage(0, 1), "kv_heads is 0; it must be at least 1"),
+        (lambda: Strided(4, 1, 4).coverage(1, 1.5), "layers is 1.5; it must be an integer of at least 1"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=message):
+            made()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "mask").glob("*.yaml")), ids=lambda p: p.stem)

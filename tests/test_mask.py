@@ -9,7 +9,8 @@ import torch
 from longspan.kernels.fields import UNLIMITED
 from longspan.kernels.lower import lower, visible
 from longspan.kernels.mask import Bound, Causal, Documents, First, Full, Mask, Window
-from longspan.kernels.span import Span, Spans, total
+from longspan.kernels.span import Span, Spans, bounds, total
+from longspan.kernels.tile import area, needed, tiles
 from masks import Phase, matrix, random_mask, random_spans, sees
 
 CPU = torch.device("cpu")
@@ -131,6 +132,14 @@ BAD = [
     (lambda: Window(UNLIMITED), f"Window.left is {UNLIMITED}"),
     (lambda: First(-3), "First.n is -3; it must be an integer from 0"),
     (lambda: Documents(()), r"Documents.offsets must be sorted starts from 0, got \(\)"),
+    (lambda: Documents(5), r"sorted starts from 0, got \(5,\)"),  # type: ignore[arg-type]
+    (lambda: Documents(None), r"sorted starts from 0, got \(None,\)"),  # type: ignore[arg-type]
+    (lambda: Documents(((0, 1), 5)), r"sorted starts from 0, got \(5,\)"),  # type: ignore[arg-type]
+    (lambda: Causal().heads(3, 4), r"kv indices \['3'\] are not heads of 4"),  # type: ignore[arg-type]
+    (lambda: bounds(WHOLE, 0), "tile is 0; it must be at least 1"),
+    (lambda: area(Causal(), WHOLE, WHOLE, 2, tile=0), "tile is 0; it must be at least 1"),
+    (lambda: needed(Causal(), WHOLE, WHOLE, 2, tile=-1), "tile is -1; it must be at least 1"),
+    (lambda: tiles(Causal(), WHOLE, WHOLE, 2, size=(0, 4), transpose=False, device=CPU), "queries is 0"),
     (lambda: Documents((1, 4)), r"sorted starts from 0, got \(1, 4\)"),
     (lambda: Documents((0, 4, 3)), r"sorted starts from 0, got \(0, 4, 3\)"),
     (lambda: Documents(((0, 4), (0,))), "rows of different lengths; pad them with the length"),

@@ -9,10 +9,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cells import Cell, Errors, difference, held, meshed, oracle
 from longspan.kernels.heads import PerHead
-from longspan.kernels.layers import PerLayer
+from longspan.kernels.layers import PerLayer, layered
 from longspan.kernels.lower import lower, visible
 from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Unsupported, Window
-from longspan.kernels.patterns import Strided, layered
+from longspan.kernels.patterns import Strided
 from longspan.kernels.span import Span
 from longspan.models.gpt import GPT
 from longspan.parallel.gather import Gather

@@ -16,10 +16,11 @@ from longspan.kernels.attention import attention
 from longspan.kernels.cells import kinds
 from longspan.kernels.fields import UNLIMITED
 from longspan.kernels.heads import Heads, PerHead
+from longspan.kernels.layers import layered
 from longspan.kernels.lower import lower
 from longspan.kernels.mask import Causal, Full, Mask, Range
 from longspan.kernels.neighborhood import Frames, FrameTiles, Neighborhood, brick_order
-from longspan.kernels.patterns import Anchored, BlockPermutation, Chunks, Shifted, Strided, Tail, layered
+from longspan.kernels.patterns import Anchored, BlockPermutation, Chunks, Shifted, Strided, Tail
 from longspan.kernels.span import Span, Spans, bounds, total
 from longspan.kernels.tile import classify, listed, tiles
 from masks import random_spans
@@ -205,6 +206,9 @@ BAD: list[tuple[Any, str]] = [
     (lambda: Frames(0), "Frames.tokens is 0"),
     (lambda: FrameTiles(4, 0), "FrameTiles.every is 0"),
     (lambda: Heads(-1, 2), "Heads.start is -1"),
+    (lambda: PerHead(Causal()), "PerHead.masks is Causal"),  # type: ignore[arg-type]
+    (lambda: brick_order((4, 4), (2.0, 2)), "brick is"),  # type: ignore[arg-type]
+    (lambda: brick_order((4, 4), (2, 2), 1.5), "dilation 1.5 for the grid"),  # type: ignore[arg-type]
     (lambda: PerHead(()), r"PerHead.masks is \(\); it must hold a mask for each kv head"),
     (lambda: PerHead((Full().heads([0], 2), Full())), "none bound to heads"),
     (at(PerHead((Full(), Causal(), Full())), 9), "PerHead.masks has 3 masks for 2 kv heads; give 2"),
