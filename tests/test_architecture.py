@@ -31,7 +31,8 @@ GUESTS = {"kernels": {"torch", "triton"}, "parallel": {"torch"}, "models": {"tor
 # And what it may load by name where it is installed, in a function and never at import.
 LOADED = {"kernels": {"liger_kernel"}}
 ENTRIES = {
-    f"train/{name}.py" for name in ("__main__", "cli", "evaluate", "sample", "draw", "encode", "convert")
+    f"train/{name}.py"
+    for name in ("__main__", "cli", "evaluate", "sample", "draw", "encode", "convert", "tokenize")
 }
 # A machine with a GPU may have no more than this, and collects the files that hold GPU tests.
 GPU_GUESTS = {"torch", "triton", "pytest", "numpy", "matplotlib", "world", "compositions", "interpreter"}

@@ -15,15 +15,16 @@ from longspan.train.draw import Drawing
 from longspan.train.encode import Encoding
 from longspan.train.evaluate import Evaluation
 from longspan.train.sample import Sampling, quoted
+from longspan.train.tokenize import Tokenizing
 
 ROOT = Path(__file__).parent.parent
 COMMAND = re.compile(
-    r"(?:-m longspan\.(?:train|launch)(?:\.(evaluate|sample|draw|encode|convert|dryrun))?"
+    r"(?:-m longspan\.(?:train|launch)(?:\.(evaluate|sample|draw|encode|tokenize|convert|dryrun))?"
     r"|longspan (train|evaluate|sample|draw|convert)|make train)\b(.*)"
 )
 SCHEMAS: dict[str, type] = {
     "train": Root, "evaluate": Evaluation, "sample": Sampling, "draw": Drawing, "encode": Encoding,
-    "convert": Conversion, "dryrun": Dry,
+    "tokenize": Tokenizing, "convert": Conversion, "dryrun": Dry,
 }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""The console script: longspan train | evaluate | sample | draw | convert, each the same as python -m
-longspan.train[.verb].
+"""The console script: longspan train | evaluate | sample | draw | convert | encode | tokenize, each the same
+as python -m longspan.train[.verb].
 """
 
 import importlib
@@ -12,6 +12,8 @@ VERBS = {
     "sample": "longspan.train.sample",
     "draw": "longspan.train.draw",
     "convert": "longspan.train.convert",
+    "encode": "longspan.train.encode",
+    "tokenize": "longspan.train.tokenize",
 }
 
 
