@@ -1,15 +1,18 @@
 """Which degrees a mesh takes, who is in its groups, and how long they wait."""
 
+import time
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from omegaconf import OmegaConf
 
 from cells import meshed, patient
 from longspan.parallel.mesh import Degree, Heads, Mesh, joined, patience
 from longspan.parallel.ring import Ring
 from longspan.parallel.ulysses import Ulysses
+from longspan.train import job
 from longspan.train.agree import Ranks
 from longspan.train.job import Launch
 from world import ORPHAN, Worlds
@@ -143,3 +146,24 @@ def waits(rank: int) -> list[Any]:
 
 def test_every_group_waits_as_long_as_that_of_all(world: Worlds) -> None:
     assert world(4)(waits) == [[timedelta(seconds=77)] * 5 + [ORPHAN]] * 4
+
+
+def prepared(rank: int) -> tuple[list[str], str]:
+    """Whose data was opened where, when the first rank takes longer to prepare it than a step may wait."""
+    opened: list[str] = []
+
+    def slow(_: Any) -> str:
+        opened.append("opened")
+        if rank == 0 and len(opened) == 1:
+            time.sleep(2.5)
+        return f"data of {rank}"
+
+    with patient(1), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "made", slow)
+        data = job.open_data(OmegaConf.create({"data": {}}), Launch(rank, 2, rank, 2), Ranks())
+    return opened, data
+
+
+def test_a_first_tokenization_may_take_longer_than_a_step(world: Worlds) -> None:
+    twice = ["opened"] * 2
+    assert world(2)(prepared) == [(twice, "data of 0"), (twice[1:], "data of 1")]

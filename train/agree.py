@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ class _Failure:
 
 class Ranks:
     """The ranks of `group` (None: all, or this process alone), which talk over a gloo group of their own that
-    waits as long.
+    waits as long, or `wait`.
 
     Of their own, so that a thread may use it while the trainer computes over the other one. All ranks make
     one and call its methods in the same order.
@@ -35,8 +36,9 @@ class Ranks:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None = None, *, kinds: tuple[type[Exception], ...] = (ValueError,)
-    ) -> None:
+        self, group: dist.ProcessGroup | None = None, *, kinds: tuple[type[Exception], ...] = (ValueError,),
+        wait: timedelta | None = None,
+    ) -> None:  # fmt: skip
         self._kinds = kinds
         self._group: dist.ProcessGroup | None = None
         self.rank, self.size = 0, 1
@@ -44,7 +46,7 @@ class Ranks:
             members = dist.get_process_group_ranks(group)
             part = len(members) < dist.get_world_size()
             self._group = dist.new_group(
-                members, timeout=patience(group), backend="gloo", use_local_synchronization=part
+                members, timeout=wait or patience(group), backend="gloo", use_local_synchronization=part
             )
             self.rank, self.size = dist.get_rank(self._group), len(members)
 

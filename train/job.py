@@ -15,6 +15,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from ..kernels.mask import Mask
 from ..models.offload import Host
@@ -28,6 +29,11 @@ from .engine.protocol import Engine
 from .huggingface.start import start
 from .objective.protocol import Objective
 from .optim import Optim
+
+# what is told of a rank that fails
+KINDS = (ValueError, FileNotFoundError, OSError)
+# the first tokenization of a large corpus takes hours; a rank that dies meanwhile is noticed at once
+PREPARING = datetime.timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,8 @@ def _own_groups() -> Iterator[None]:
     gc.collect()
     for group in [group for group in there if group not in before]:
         dist.destroy_process_group(group)
+    # it knows meshes by their ranks, and would hand out those whose groups have ended
+    _clear_sharding_prop_cache()
     gc.collect()
 
 
@@ -190,15 +198,15 @@ class Job:
 
 
 def open_data(cfg: DictConfig, launch: Launch, ranks: Ranks) -> Any:
-    """The data set on every rank; one rank of each machine prepares its cache first. What fails on one fails
-    on all.
+    """The data set on every rank; one rank of each machine prepares its cache first, for which the others
+    wait longer than for a step. What fails on one fails on all.
     """
 
     def prepare() -> None:
         if launch.local_rank == 0:
             made(cfg.data)
 
-    ranks.together(prepare)
+    Ranks(kinds=KINDS, wait=PREPARING).together(prepare)
     return ranks.together(lambda: made(cfg.data))
 
 
@@ -250,7 +258,7 @@ def _vocab(given: int | None, data: Any) -> int:
 def build(cfg: DictConfig, launch: Launch, device: torch.device) -> Job:
     """The whole job. Every check that needs no device has run when the model is built."""
     check_numbers(cfg)
-    ranks = Ranks(kinds=(ValueError, FileNotFoundError, OSError))
+    ranks = Ranks(kinds=KINDS)
     mesh, layout = build_layout(cfg, launch, device)
     return assembled(cfg, launch, device, ranks, mesh, layout, open_data(cfg, launch, ranks))
 
@@ -266,11 +274,17 @@ def assembled(
         model.to(device)
     objective: Objective = made(cfg.objective)(model)
     ranks.together(lambda: start(model, cfg.init, objective.context(data)))
+    engine: Engine = made(cfg.engine)
+    if cfg.train.compile:
+        # what compiles is imported only where it is asked for
+        from . import compiled
+
+        compiled.check(cfg, engine, mesh)
+        compiled.compile_blocks(model)
     host = made(cfg.memory).apply(model)
     # placed as training will: what the layout cannot serve is refused now, not in the middle of a run
     objective.placement(data, layout, mask)
     optim: Optim = made(cfg.optim)
-    engine: Engine = made(cfg.engine)
     assert isinstance(objective, nn.Module)
     engine.wrap(objective, optim.build, mesh)
     ema = EMA(model, decay=cfg.train.ema) if cfg.train.ema else None
