@@ -18,7 +18,7 @@ THREADS = $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo
 ROOMS := conf kernels parallel models train launch
 TYPED = $(addprefix .mypy/longspan/,__init__.py $(sort $(dir $(wildcard $(ROOMS:=/*.py)))))
 
-.PHONY: help install train test test-all check lint format-check types format gpu-test gpu-bench docs-check clean
+.PHONY: help install train test test-all check lint format-check types format gpu-test gpu-bench slurm-test docs-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -45,10 +45,10 @@ define tests
 endef
 
 test: check ## ruff, mypy and the fast tests
-	$(call tests,not slow and not gpu)
+	$(call tests,not slow and not gpu and not slurm)
 
-test-all: check ## ruff, mypy and every test that needs no GPU
-	$(call tests,not gpu)
+test-all: check ## ruff, mypy and every test that needs no GPU and no cluster
+	$(call tests,not gpu and not slurm)
 
 check: lint format-check types ## ruff and mypy
 
@@ -74,6 +74,9 @@ gpu-test: ## the tests that need a CUDA device, with .venv or the python3 that h
 
 gpu-bench: ## time the kernels on a CUDA device, 8 minutes, into benchmarks/results/
 	$(PY) -m benchmarks.kernels $(ARGS)
+
+slurm-test: $(INSTALLED) ## real SLURM jobs on a two-node cluster that it installs and starts here, as root
+	$(BIN)/python tests/slurm_cluster.py $(TEST_ARGS)
 
 docs-check: $(INSTALLED) ## run the commands that README and docs/ mark as runnable
 	$(BIN)/python tests/docs_check.py README.md CONTRIBUTING.md docs/*.md

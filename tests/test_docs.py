@@ -9,6 +9,8 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from longspan.launch.dryrun import Dry, stood_in
+from longspan.launch.plan import Planning
+from longspan.launch.submit import Submission
 from longspan.train.config import Root, typed
 from longspan.train.convert import Conversion, named
 from longspan.train.draw import Drawing
@@ -19,12 +21,13 @@ from longspan.train.tokenize import Tokenizing
 
 ROOT = Path(__file__).parent.parent
 COMMAND = re.compile(
-    r"(?:-m longspan\.(?:train|launch)(?:\.(evaluate|sample|draw|encode|tokenize|convert|dryrun))?"
-    r"|longspan (train|evaluate|sample|draw|convert)|make train)\b(.*)"
+    r"(?:-m longspan\.(?:train|launch)(?:\.(evaluate|sample|draw|encode|tokenize|convert|dryrun|submit|plan))?"
+    r"|longspan (train|submit|plan|evaluate|sample|draw|convert)|make train)\b(.*)"
 )
 SCHEMAS: dict[str, type] = {
     "train": Root, "evaluate": Evaluation, "sample": Sampling, "draw": Drawing, "encode": Encoding,
-    "tokenize": Tokenizing, "convert": Conversion, "dryrun": Dry,
+    "tokenize": Tokenizing, "convert": Conversion, "dryrun": Dry, "submit": Submission,
+    "plan": Planning,
 }  # fmt: skip
 
 
@@ -58,4 +61,7 @@ def test_a_shown_command_composes(where: str, verb: str, given: list[str]) -> No
     first = [g.split(",")[0] if g.startswith("optim.") else g for g in given]
     with initialize_config_module("longspan.conf", version_base="1.3"):
         cfg = compose(verb, overrides=first)
-        typed({"convert": named, "dryrun": stood_in}.get(verb, lambda x: x)(cfg), SCHEMAS[verb])
+        typed(
+            {"convert": named, "dryrun": stood_in, "plan": stood_in}.get(verb, lambda x: x)(cfg),
+            SCHEMAS[verb],
+        )

@@ -1,5 +1,6 @@
 """The console script: longspan train | evaluate | sample | draw | convert | encode | tokenize, each the same
-as python -m longspan.train[.verb].
+as python -m longspan.train[.verb]; and submit and plan, which are
+python -m longspan.launch.submit and .plan.
 """
 
 import importlib
@@ -14,6 +15,8 @@ VERBS = {
     "convert": "longspan.train.convert",
     "encode": "longspan.train.encode",
     "tokenize": "longspan.train.tokenize",
+    "submit": "longspan.launch.submit",
+    "plan": "longspan.launch.plan",
 }
 
 

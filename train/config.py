@@ -47,6 +47,7 @@ class Train:
 
     micro_batch: sequences a dp rank takes at once; accumulate: micro batches a step. precision: float32, or
     bfloat16 autocast. ema: decay of an average of the weights, which is what is evaluated; 0 keeps none.
+    compile: each block runs as torch.compile makes it.
     """
 
     steps: int = MISSING
@@ -57,6 +58,7 @@ class Train:
     seconds: float | None = None
     log_every: int = 1
     ema: float = 0.0
+    compile: bool = False
 
 
 @dataclass
@@ -220,7 +222,7 @@ def _check_call(node: DictConfig, path: str) -> None:
             raise ConfigError(f"{path}.{key!s} is {value!r}; it must be {_words(hints[str(key)])}")
     if not node.get("_partial_", False):
         for name, p in parameters.items():
-            if p.default is p.empty and p.kind is not p.VAR_KEYWORD and name not in node:
+            if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and name not in node:
                 raise ConfigError(f"{path}.{name} has no value: give one with {path}.{name}=...")
 
 
@@ -298,6 +300,8 @@ def made(node: Any) -> Any:
 def hint(error: Exception, overrides: list[str], root: str) -> str:
     """Hydra's complaint in one or two lines, with the nearest key or choice that exists."""
     text = " ".join(str(error).split())
+    if "hydra/launcher/submitit" in text:
+        return "hydra/launcher: hydra-submitit-launcher is not installed: pip install 'longspan[slurm]'"
     if isinstance(error, OverrideParseException):
         return (
             f"cannot read '{error.override}': write key=value, and quotes around a value like \"a,b = [c]\""
