@@ -1,6 +1,7 @@
 """Linear layer and cross entropy in one: the loss of [N, D] activations, never holding [N, V] logits."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -14,17 +15,33 @@ from .shapes import without_data
 Backend = Literal["auto", "own", "torch", "liger"]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of the weight are here, where several ranks hold it together: those from `first` on, `of`
+    all of them.
+
+    largest, total: the greatest and the sum over these ranks, element by element, in the place of a tensor
+    that is given; every rank has the same tokens and calls them in the same order.
+    """
+
+    first: int
+    of: int
+    largest: Callable[[Tensor], Tensor]
+    total: Callable[[Tensor], Tensor]
+
+
 class _Terms(NamedTuple):
     chunk: int
     ignore_index: int
     z_loss: float
     grad: bool  # whether autograd records: else the gradients are not computed
+    rows: Rows | None
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, labels: Tensor, *,
     denominator: Tensor | float, chunk: int = 4096, ignore_index: int = -100, z_loss: float = 0.0,
-    backend: Backend = "auto",
+    backend: Backend = "auto", rows: Rows | None = None,
 ) -> Tensor:  # fmt: skip
     """Sum over valid tokens of (cross entropy + z_loss * lse^2) / denominator: float32 (float64 for float64).
 
@@ -32,33 +49,39 @@ def linear_cross_entropy(
     denominator: the *global* number of valid tokens, so that the losses of all ranks add up to the mean; 0
     counts as 1. chunk: tokens whose logits are held at once. The gradients are made in the forward pass, that
     of `weight` summed in float32. Under autocast the matmuls run in its dtype, the softmax in float32.
-    z-loss: PaLM (Chowdhery et al. 2022), section 5. backend: see `chosen`. ValueError for shapes, dtypes and
-    labels that do not fit, Unsupported for what a forced backend cannot do.
+    z-loss: PaLM (Chowdhery et al. 2022), section 5. backend: see `chosen`. rows: of the weight that is held
+    here, where ranks share the vocabulary (Shoeybi et al. 2019, section 3): the loss is whole on each, the
+    gradient of x an addend. ValueError for shapes, dtypes and labels that do not fit, Unsupported for what a
+    forced backend cannot do.
     """
-    _check(x, weight, labels, chunk, ignore_index)
+    _check(x, weight, labels, chunk, ignore_index, rows)
     _check_terms(denominator, z_loss)
-    name = chosen(x, weight, z_loss=z_loss, backend=backend)
+    name = chosen(x, weight, z_loss=z_loss, backend=backend, rows=rows)
     if name == "liger":
         whole = by_liger(x, weight, labels, ignore_index=ignore_index, z_loss=z_loss)
     elif name == "torch":
         whole = by_torch(x, weight, labels, ignore_index=ignore_index, chunk=chunk)
     else:
-        terms = _Terms(chunk, ignore_index, z_loss, torch.is_grad_enabled())
+        terms = _Terms(chunk, ignore_index, z_loss, torch.is_grad_enabled(), rows)
         whole = _LinearCrossEntropy.apply(x, weight, labels, terms)
     share = torch.as_tensor(denominator, dtype=whole.dtype, device=whole.device)
     return whole / share.masked_fill(share == 0, 1.0)
 
 
-def chosen(x: Tensor, weight: Tensor, *, z_loss: float = 0.0, backend: Backend = "auto") -> str:
+def chosen(
+    x: Tensor, weight: Tensor, *, z_loss: float = 0.0, backend: Backend = "auto", rows: Rows | None = None
+) -> str:
     """The backend that will run: of 'liger' (liger-kernel's on CUDA, in half precision too), 'torch' (torch's
-    operator, float32 and float64 without z-loss) and 'own' the first that serves this, or the forced one.
-    Unsupported, saying why, if that one does not.
+    operator, float32 and float64 without z-loss) and 'own' the first that serves this, or the forced one;
+    rows of a weight are served by 'own' alone. Unsupported, saying why, if the forced one does not.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(get_args(Backend))}")
     refusals = {"liger": liger_refusal(x, weight)} if backend in ("auto", "liger") else {}
     if backend in ("auto", "torch"):
         refusals["torch"] = torch_refusal(x, weight, z_loss)
+    if rows is not None:
+        refusals = {name: "ranks hold the weight together" for name in refusals}
     if backend == "auto":
         return next((name for name, reason in refusals.items() if reason is None), "own")
     reason = refusals.get(backend)
@@ -69,15 +92,28 @@ def chosen(x: Tensor, weight: Tensor, *, z_loss: float = 0.0, backend: Backend =
 
 @torch.no_grad()
 def token_losses(
-    x: Tensor, weight: Tensor, labels: Tensor, *, chunk: int = 4096, ignore_index: int = -100
-) -> Tensor:
+    x: Tensor, weight: Tensor, labels: Tensor, *,
+    chunk: int = 4096, ignore_index: int = -100, rows: Rows | None = None,
+) -> Tensor:  # fmt: skip
     """Cross entropy of each token, 0 where ignored: float32 [N] (float64 for float64), not differentiable."""
-    _check(x, weight, labels, chunk, ignore_index)
+    _check(x, weight, labels, chunk, ignore_index, rows)
     losses = torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for at in _chunks(len(x), chunk):
-        logits, valid, label = _logits(x[at], weight, labels[at], ignore_index)
-        losses[at] = (logits.logsumexp(-1) - logits.gather(1, label)[:, 0]).masked_fill(~valid, 0.0)
+        part = _logits(x[at], weight, labels[at], ignore_index, rows)
+        lse, chosen = _normalized(part, rows)
+        losses[at] = (lse - chosen).masked_fill(~part.valid, 0.0)
     return losses
+
+
+@torch.no_grad()
+def likeliest(x: Tensor, weight: Tensor, *, rows: Rows | None = None) -> Tensor:
+    """The row of the weight [V, D] that gives each of x [N, D] its greatest logit: int64 [N]."""
+    best, at = (x @ weight.mT).max(-1)
+    if rows is None:
+        return at
+    top = rows.largest(best.clone())
+    # of rows that are equal the first, whoever holds it
+    return -rows.largest(-(at + rows.first).where(best == top, rows.of))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -89,13 +125,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros(weight.shape, dtype=dtype, device=x.device) if wants_weight else None
         whole = torch.zeros((), dtype=dtype, device=x.device)
         for at in _chunks(len(x), terms.chunk):
-            logits, valid, label = _logits(x[at], weight, labels[at], terms.ignore_index)
-            lse = logits.logsumexp(-1)
-            loss = lse - logits.gather(1, label)[:, 0] + terms.z_loss * lse**2
-            whole += loss.masked_fill(~valid, 0.0).sum()
+            part = _logits(x[at], weight, labels[at], terms.ignore_index, terms.rows)
+            lse, chosen = _normalized(part, terms.rows)
+            loss = lse - chosen + terms.z_loss * lse**2
+            whole += loss.masked_fill(~part.valid, 0.0).sum()
             if dx is None and dw is None:
                 continue
-            slope = _slope(logits, lse, valid, label, terms.z_loss).to(x.dtype)
+            slope = _slope(part, lse, terms.z_loss).to(x.dtype)
             if dx is not None:
                 dx[at] = slope @ weight
             if dw is not None:
@@ -117,23 +153,51 @@ def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
     return (slice(i, i + chunk) for i in range(0, tokens, chunk))
 
 
-def _logits(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [n, V] in the partial dtype, valid tokens [n], and labels [n, 1] to gather with."""
-    logits = x @ weight.mT
+class _Logits(NamedTuple):
+    """Of a chunk: logits [n, V] in the partial dtype, valid tokens [n], labels [n, 1] to gather with, and
+    where these are rows that are here, bool [n, 1]; None: everywhere.
+    """
+
+    logits: Tensor
+    valid: Tensor
+    label: Tensor
+    mine: Tensor | None
+
+
+def _logits(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, rows: Rows | None) -> _Logits:
+    logits = (x @ weight.mT).to(torch.promote_types(x.dtype, torch.float32))
     valid = labels != ignore_index
-    return logits.to(torch.promote_types(x.dtype, torch.float32)), valid, labels.where(valid, 0)[:, None]
+    label, mine = labels.where(valid, 0)[:, None], None
+    if rows is not None:
+        label = label - rows.first
+        mine = (label >= 0) & (label < len(weight))
+        label = label.where(mine, 0)
+    return _Logits(logits, valid, label, mine)
 
 
-def _slope(logits: Tensor, lse: Tensor, valid: Tensor, label: Tensor, z_loss: float) -> Tensor:
+def _normalized(part: _Logits, rows: Rows | None) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp of all logits, and the logit of the label: [n] each."""
+    lse, chosen = part.logits.logsumexp(-1), part.logits.gather(1, part.label)[:, 0]
+    if rows is None or part.mine is None:
+        return lse, chosen
+    top = rows.largest(lse.clone())
+    terms = rows.total(torch.stack(((lse - top).exp(), chosen.masked_fill(~part.mine[:, 0], 0.0))))
+    return top + terms[0].log(), terms[1]
+
+
+def _slope(part: _Logits, lse: Tensor, z_loss: float) -> Tensor:
     """Gradient of the summed loss with respect to the logits, whose memory it takes."""
-    slope = logits.sub_(lse[:, None]).exp_()
+    slope = part.logits.sub_(lse[:, None]).exp_()
     if z_loss:
         slope.mul_(1 + 2 * z_loss * lse[:, None])
-    slope.scatter_add_(1, label, torch.full_like(label, -1, dtype=slope.dtype))
-    return slope.masked_fill_(~valid[:, None], 0.0)
+    ones = torch.ones_like(part.label, dtype=slope.dtype) if part.mine is None else part.mine.to(slope.dtype)
+    slope.scatter_add_(1, part.label, -ones)
+    return slope.masked_fill_(~part.valid[:, None], 0.0)
 
 
-def _check(x: Tensor, weight: Tensor, labels: Tensor, chunk: int, ignore_index: int) -> None:
+def _check(
+    x: Tensor, weight: Tensor, labels: Tensor, chunk: int, ignore_index: int, rows: Rows | None
+) -> None:
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or labels.shape != x.shape[:1]:
         shapes = [tuple(t.shape) for t in (x, weight, labels)]
         raise ValueError(f"x [N, D], weight [V, D] and labels [N] do not fit each other: {shapes}")
@@ -146,10 +210,11 @@ def _check(x: Tensor, weight: Tensor, labels: Tensor, chunk: int, ignore_index: 
     # not on a GPU, where looking at the values would wait for it
     if labels.device.type == "cpu" and labels.numel() and not without_data(labels):
         used = labels[labels != ignore_index]
-        bad = used[(used < 0) | (used >= len(weight))]
+        count = len(weight) if rows is None else rows.of
+        bad = used[(used < 0) | (used >= count)]
         if bad.numel():
             raise ValueError(
-                f"label {int(bad[0])} is neither a row of weight (0 to {len(weight) - 1}) nor {ignore_index}"
+                f"label {int(bad[0])} is neither a row of weight (0 to {count - 1}) nor {ignore_index}"
             )
 
 

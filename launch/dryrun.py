@@ -19,19 +19,23 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
+from ..kernels.concrete import concrete
 from ..train.agree import Ranks
 from ..train.config import Root, made, typed
 from ..train.engine.deepspeed import DeepSpeed
+from ..train.engine.tensor_parallel import rows_of
 from ..train.entry import entry, guarded
-from ..train.job import Job, Launch, assembled, build_layout, check_numbers
+from ..train.job import Job, Launch, assembled, build_layout, check_numbers, forget_meshes
 from ..train.loop import backward, micro_batches
 from ..train.progress import size
 from .ledger import HOST, Ledger, Moved
 
 GIB = 2**30
+NEVER = 1e-12
 
 
 @dataclass
@@ -74,25 +78,49 @@ def _composed(cfg: DictConfig) -> None:
 
 
 def stood_in(cfg: DictConfig) -> DictConfig:
-    """The config with random tokens where its text has no path yet: a dry run reads no data."""
-    data = cfg.get("data")
-    if isinstance(data, DictConfig) and OmegaConf.is_missing(data, "path") and "context" in data:
-        vocab = OmegaConf.select(cfg, "model.vocab")
-        if vocab is not None:
-            mock = {"_target_": "longspan.train.data.mock.Mock", "context": data.context, "vocab": vocab}
+    """The config with made-up data of the model's shape where there is nothing at data.path, or no path yet:
+    a dry run needs shapes alone.
+    """
+    data, model = cfg.get("data"), cfg.get("model")
+    if isinstance(data, DictConfig) and isinstance(model, DictConfig) and _absent(data):
+        mock = _mock(data, model)
+        if mock is not None:
             cfg = cfg.copy()
             cfg.data = mock
+    if cfg.get("objective", {}).get("dropout"):
+        # a dropped text is one word: none is, in a step that stands for all
+        cfg.objective.dropout = NEVER
     if "init_sync" in cfg.get("engine", {}):
         cfg.engine.init_sync = False
     return cfg
+
+
+def _absent(data: DictConfig) -> bool:
+    if "path" not in data:
+        return False
+    return OmegaConf.is_missing(data, "path") or not Path(str(data.path)).expanduser().exists()
+
+
+def _mock(data: DictConfig, model: DictConfig) -> dict[str, Any] | None:
+    """What stands for tokens or latents; None where the model does not say of what shape."""
+    if "context" in data:
+        vocab = model.get("vocab")
+        mock = {"_target_": "longspan.train.data.mock.Mock", "context": data.context, "vocab": vocab}
+        return None if vocab is None else mock
+    if not {"size", "channels"} <= model.keys():
+        return None
+    own = {name: model.get(name) for name in ("size", "channels", "classes", "text_dim", "pooled_dim")}
+    return {"_target_": "longspan.train.data.mock_latents.MockLatents", **own}
 
 
 def dryrun(cfg: DictConfig) -> int:
     """Prints the estimate, writes it as JSON if asked. ValueError for a job that cannot run, or does not
     fit.
     """
-    found = estimate(cfg)
-    show(found, Console(highlight=False))
+    found, console = estimate(cfg), Console(highlight=False)
+    if ".mock" in cfg.data._target_:
+        console.print("the data is made up (data=mock or mock_latents): no file was read")
+    show(found, console)
     if cfg.json is not None:
         Path(cfg.json).write_text(json.dumps(asdict(found) | {"total": found.total}, indent=1) + "\n")
     if cfg.memory_gib is not None and found.total > cfg.memory_gib * GIB:
@@ -104,8 +132,10 @@ def dryrun(cfg: DictConfig) -> int:
     return 0
 
 
-def estimate(cfg: DictConfig) -> Estimate:
-    """One step of the job in `cfg` on rank `cfg.rank` of `cfg.world`, with tensors that have no data."""
+def estimate(cfg: DictConfig, *, flops: bool = True) -> Estimate:
+    """One step of the job in `cfg` on rank `cfg.rank` of `cfg.world`, with tensors that have no data. flops:
+    counted too, which takes longer than all the rest at a million tokens; else they are 0.
+    """
     check_numbers(cfg)
     for name, low in (("world", 1), ("node", 1), ("rank", 0)):
         if cfg[name] < low:
@@ -116,6 +146,8 @@ def estimate(cfg: DictConfig) -> Estimate:
         raise ValueError(
             "engine=deepspeed looks into its tensors, and a dry run has none with data: take engine=fsdp"
         )
+    if cfg.train.compile:
+        raise ValueError("train.compile is true; what is compiled cannot be counted: set train.compile=false")
     node = min(cfg.node, cfg.world)
     launch = Launch(cfg.rank, cfg.world, cfg.rank % node, node)
     device = torch.device("cpu")
@@ -123,15 +155,16 @@ def estimate(cfg: DictConfig) -> Estimate:
         mesh, layout = build_layout(cfg, launch, device)
         data = made(cfg.data)
         with FakeTensorMode(allow_non_fake_inputs=True) as shapes:
-            ledger = Ledger(getattr(data, "vocab", 0), node)
+            _, logits = rows_of(getattr(data, "vocab", 0), mesh["tp"].size(), mesh["tp"].get_local_rank())
+            ledger = Ledger(logits, node)
             with ledger, _gathered(ledger):
                 with ledger.during("engine buffers"):
                     job = assembled(cfg, launch, device, _alone_ranks(), mesh, layout, data)
                 ledger.name([*job.model.parameters(), *job.model.buffers()], "parameters")
-                return _stepped(job, ledger, shapes)
+                return _stepped(job, ledger, shapes, flops)
 
 
-def _stepped(job: Job, ledger: Ledger, shapes: FakeTensorMode) -> Estimate:
+def _stepped(job: Job, ledger: Ledger, shapes: FakeTensorMode, flops: bool) -> Estimate:
     """A step with the optimizer's state there, as in every step but the first."""
     trained = [p for p in job.model.parameters() if p.requires_grad]
     with ledger.during("optimizer"):
@@ -143,8 +176,11 @@ def _stepped(job: Job, ledger: Ledger, shapes: FakeTensorMode) -> Estimate:
         p.register_post_accumulate_grad_hook(lambda p: ledger.name([p.grad], "gradients"))
     if job.host is not None:
         job.host.pack = ledger.during(HOST)(job.host.pack)  # type: ignore[method-assign]
-    train, batches = job.cfg.train, micro_batches(job, 0, 0)
-    valid = float(sum(b.valid for b in batches)) * job.dp
+    train = job.cfg.train
+    with unset_fake_temporarily():
+        # how much of a batch is real, and how long its texts are, is in its data
+        batches = micro_batches(job, 0, 0)
+        valid = float(sum(b.valid for b in batches)) * job.dp
     backward(job, batches, valid, lambda part: _emptied(part, shapes))
     ledger.name([p.grad for p in trained if p.grad is not None], "gradients")
     with ledger.during("optimizer"):
@@ -155,7 +191,7 @@ def _stepped(job: Job, ledger: Ledger, shapes: FakeTensorMode) -> Estimate:
         mesh=dict(zip(job.mesh.mesh_dim_names or (), job.mesh.shape, strict=True)),
         parameters=sum(p.numel() for p in trained),
         tokens=sum(b.rows * b.length for b in batches) * job.dp,
-        flops=job.objective.flops(batches) * job.dp,
+        flops=job.objective.flops(batches) * job.dp if flops else 0.0,
         peak={name: int(n) for name, n in ledger.peak.most_common() if n and name != HOST},
         host=ledger.host,
         sent=ledger.moved(),
@@ -164,9 +200,13 @@ def _stepped(job: Job, ledger: Ledger, shapes: FakeTensorMode) -> Estimate:
 
 @contextmanager
 def _gathered(ledger: Ledger) -> Iterator[None]:
-    """Where FSDP makes room for whole weights, that is what the bytes are."""
+    """Where FSDP makes room for whole weights, that is what the bytes are. Meshes keep their values."""
     make = ledger.during("gathered weights")(FSDPParam.init_all_gather_outputs)
-    with patch.object(FSDPParam, "init_all_gather_outputs", make):
+    join = staticmethod(concrete(DeviceMesh._concatenate))
+    with (
+        patch.object(FSDPParam, "init_all_gather_outputs", make),
+        patch.object(DeviceMesh, "_concatenate", join),
+    ):
         yield
 
 
@@ -192,6 +232,7 @@ def _alone(launch: Launch) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        forget_meshes()
 
 
 def _alone_ranks() -> Ranks:

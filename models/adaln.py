@@ -70,6 +70,13 @@ class Mlp(nn.Module):
         return y
 
 
+class SequentialMlp(nn.Sequential):
+    """`Mlp` with Wan's names of its layers, 0 and 2."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+
+
 class Modulation(nn.Sequential):
     """`count` vectors from the condition, each [B, 1 or T, dim]; zero at first (adaLN-Zero)."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from .adaln import Mlp
+from .adaln import Mlp, SequentialMlp
 from .block import Attention, SwiGLU
 from .offload import Host
 from .tiled import by_head_groups, by_tiles
@@ -21,7 +21,7 @@ Recompute = Literal["none", "block", "keep_attention"]
 
 @dataclass(frozen=True)
 class Memory:
-    """Ways to hold fewer activations; none changes what is computed.
+    """Ways to hold less; none but `weights` changes what is computed.
 
     recompute: `block` keeps each block's input and computes the block again in the backward (Chen et al.
     2016); `keep_attention` does so but keeps attention's q, k, v, out and lse, so that the part of the work
@@ -29,7 +29,8 @@ class Memory:
     is; 0 leaves none. offload: what blocks keep rests in host memory until their backward. mlp_tile: tokens
     that an MLP takes at once, forward and in the backward, which computes it again (ALST: Bekman et al. 2025,
     section 3.1); 0 takes all. head_chunks: rounds in which attention takes its kv heads, each computed
-    again in the backward; for models of `block.Attention`.
+    again in the backward; for models of `block.Attention`. weights: bfloat16 halves them and their gradients;
+    updates are made in float32 and rounded by chance.
     """
 
     recompute: Recompute = "none"
@@ -37,12 +38,15 @@ class Memory:
     offload: bool = False
     mlp_tile: int = 0
     head_chunks: int = 1
+    weights: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if self.recompute not in get_args(Recompute):
             raise ValueError(
                 f"memory.recompute is {self.recompute!r}; it can be {', '.join(get_args(Recompute))}"
             )
+        if self.weights not in ("float32", "bfloat16"):
+            raise ValueError(f"memory.weights is {self.weights!r}; it can be float32 or bfloat16")
         for name, least in (("every", 0), ("mlp_tile", 0), ("head_chunks", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"memory.{name} is {getattr(self, name)}; it must be at least {least}")
@@ -57,9 +61,12 @@ class Memory:
 
         ValueError if the model has nothing that a setting serves.
         """
+        if self.weights == "bfloat16":
+            model.bfloat16()
         blocks = list(cast(nn.ModuleList, model.blocks))
         if self.mlp_tile:
-            self._each(blocks, (SwiGLU, Mlp), "mlp_tile", partial(by_tiles, self.mlp_tile))
+            kinds = SwiGLU, Mlp, SequentialMlp
+            self._each(blocks, kinds, "mlp_tile", partial(by_tiles, self.mlp_tile))
         if self.head_chunks > 1:
             self._each(blocks, (Attention,), "head_chunks", partial(by_head_groups, self.head_chunks))
         host = Host() if self.offload else None

@@ -1,5 +1,6 @@
 """Even shares of work: how much each query costs under a mask, and which rank takes which chunk of them."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
 
@@ -8,15 +9,38 @@ from torch import Tensor
 
 from ..kernels.concrete import concrete
 from ..kernels.count import keys_per_query
-from ..kernels.heads import Heads, PerHead
+from ..kernels.heads import Composed, Heads, PerHead
 from ..kernels.layers import PerLayer
 from ..kernels.mask import And, Bound, Documents, Mask, Or
+from ..kernels.neighborhood import brick_order
 from ..kernels.patterns import Shifted, Strided
-from ..kernels.span import Span
+from ..kernels.span import Span, Spans
 
 HEADS = 8  # that stand for all heads of a mask that does not say how many there are
 ESTIMATE = 2**26  # pairs in partial tiles beyond which the work is estimated: a second of one core
 CLOSE = 1.002  # max / mean work at which swapping ends
+
+
+@dataclass(frozen=True)
+class InBricks(Composed):
+    """`inner`, over tokens that are dealt out brick after brick (see `brick_order`) and not row by row: the
+    n-th query of a placement is the n-th of that order. What sees what is `inner`'s.
+    """
+
+    inner: Mask
+    grid: tuple[int, ...]
+    brick: tuple[int, ...]
+    dilation: int | tuple[int, ...] = 1
+
+    @property
+    def per_head(self) -> bool:  # type: ignore[override]
+        return self.inner.per_head
+
+    def batch(self) -> int:
+        return self.inner.batch()
+
+    def parts(self, of: int) -> Mask:
+        return self.inner
 
 
 def heads_of(mask: Mask) -> int:
@@ -38,7 +62,7 @@ def _wanted(mask: Mask | None) -> tuple[int, int]:
         case And(left, right) | Or(left, right) | PerLayer(left, right):
             a, b = _wanted(left), _wanted(right)
             return max(a[0], b[0]), max(a[1], b[1])
-        case Documents(inner=inner):
+        case Documents(inner=inner) | InBricks(inner=inner):
             return _wanted(inner)
         case PerHead(masks):
             return len(masks), len(masks)
@@ -54,10 +78,13 @@ def _wanted(mask: Mask | None) -> tuple[int, int]:
 @lru_cache(maxsize=8)
 @concrete
 def work_of_queries(mask: Mask, length: int, kv_heads: int, most: int) -> Tensor:
-    """Visible keys of each of `length` queries, summed over the mask's batch rows and over the kv heads if it
-    tells them apart: int64 [length], not to be written to. Exact up to `most` pairs in partial tiles.
+    """Visible keys of each of `length` queries, in the order in which they are dealt out, summed over the
+    mask's batch rows and over the kv heads if it tells them apart: int64 [length], not to be written to.
+    Exact up to `most` pairs in partial tiles.
     """
-    whole = (Span(0, length),) if length else ()
+    whole: Spans = (Span(0, length),) if length else ()
+    if isinstance(mask, InBricks):
+        whole = brick_order(mask.grid, mask.brick, mask.dilation)
     return keys_per_query(mask, whole, whole, kv_heads, most=most)
 
 

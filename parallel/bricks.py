@@ -4,9 +4,23 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from ..kernels.concrete import concrete
+from ..kernels.mask import Mask
 from ..kernels.neighborhood import brick_order
 from ..kernels.span import Span, Spans, compress, cut, positions, total
+from .balance import InBricks
+from .layout import Layout
 from .placement import Placement
+
+Bricks = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # grid, brick, dilation
+
+
+def place(layout: Layout, length: int, mask: Mask, bricks: Bricks | None) -> Placement:
+    """Who holds what of `length` tokens that stand brick after brick, or, without bricks, row by row: the
+    layout's own placement, told which queries are where, so that one that evens out work does so.
+    """
+    if bricks is None:
+        return layout.place(length, mask)
+    return bricked(layout.place(length, InBricks(mask, *bricks)), *bricks)
 
 
 def bricked(

@@ -59,6 +59,9 @@ class Mesh:
                 f"parallel.mesh is {words} = {fixed} processes, but {world} were started: "
                 f"{fits} (torchrun --nproc-per-node), or set one of the degrees to auto"
             )
+        if heads is not None and given["tp"] != "auto":
+            # what the ranks of tp leave each other
+            heads = Heads(heads.q // given["tp"], heads.kv // given["tp"])
         rest = world // fixed
         fits_in = [d for d in range(1, rest + 1) if rest % d == 0]
         if given["head"] == "auto" and given["ring"] == "auto":

@@ -3,6 +3,7 @@ USP.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..kernels.attention import partial_dtype
+from ..kernels.concrete import concrete
 from ..kernels.mask import Mask
 from ..kernels.options import AttentionOptions
 from ..kernels.span import cut, total
@@ -103,7 +105,7 @@ class Ulysses(Joined):
 
     def refuse(self, mask: Mask, placement: Placement, kv_heads: int) -> None:
         """See `Halves.refuse`: what the inner layout does not take, of all heads, here or elsewhere."""
-        self.inner.refuse(mask, self._inner(placement), kv_heads)
+        self.inner.refuse(mask, _inner(placement, self.ways), kv_heads)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, placement: Placement, options: AttentionOptions
@@ -179,7 +181,7 @@ class Ulysses(Joined):
         """One round: out in `dtype`, lse of the tokens held here, and what the inner calls keep."""
         kv_heads, (rows, _, heads, _) = qkv[1].shape[2], qkv[0].shape
         all_shares, tokens = shares(heads, kv_heads, self.ways), self._tokens(placement)
-        me, inner = all_shares[self.here], self._inner(placement)
+        me, inner = all_shares[self.here], _inner(placement, self.ways)
         q, k, v = self._arrived(qkv, tokens, all_shares)
         outs, lses = [q[:, :, :0].to(dtype)], []
         kept: list[Tensor | None] = []
@@ -201,7 +203,7 @@ class Ulysses(Joined):
     ) -> list[Tensor | None]:
         """What the inner calls of one round kept, traded once more."""
         kv_heads, heads, tokens = qkv[1].shape[2], qkv[0].shape[2], self._tokens(placement)
-        all_shares, inner = shares(heads, kv_heads, self.ways), self._inner(placement)
+        all_shares, inner = shares(heads, kv_heads, self.ways), _inner(placement, self.ways)
         me = all_shares[self.here]
         q, k, v = self._arrived(qkv, tokens, all_shares)
         if lse is not None:
@@ -230,7 +232,7 @@ class Ulysses(Joined):
     ) -> Triple:  # fmt: skip
         dout, delta, kv_heads = rows
         heads, tokens = dout.shape[2], self._tokens(placement)
-        all_shares, inner = shares(heads, kv_heads, self.ways), self._inner(placement)
+        all_shares, inner = shares(heads, kv_heads, self.ways), _inner(placement, self.ways)
         me, dtype = all_shares[self.here], partial_dtype(dout)
         dout = self._out(dout, tokens, [s.q for s in all_shares], heads_dim=2)
         if delta is not None:
@@ -298,13 +300,16 @@ class Ulysses(Joined):
         """Tokens of each rank of the head axis."""
         return [placement.tokens(self.inner.rank * self.ways + i) for i in range(self.ways)]
 
-    def _inner(self, placement: Placement) -> Placement:
-        """The placement that the inner layout sees: the ranks of the head axis together are one rank of
-        it.
-        """
-        spans = placement.spans_by_rank
-        groups = [spans[i : i + self.ways] for i in range(0, len(spans), self.ways)]
-        return Placement(placement.length, tuple(tuple(s for one in group for s in one) for group in groups))
+
+@lru_cache(maxsize=64)
+@concrete
+def _inner(placement: Placement, ways: int) -> Placement:
+    """The placement that the inner layout sees: the `ways` ranks of the head axis together are one rank of
+    it. Cached by value: a placement in bricks has thousands of spans, and a layer asks three times.
+    """
+    spans = placement.spans_by_rank
+    groups = [spans[i : i + ways] for i in range(0, len(spans), ways)]
+    return Placement(placement.length, tuple(tuple(s for one in group for s in one) for group in groups))
 
 
 def _of_round(q: Tensor, k: Tensor, v: Tensor, kv: range, heads: slice) -> tuple[Tensor, Tensor, Tensor]:

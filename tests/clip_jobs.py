@@ -1,22 +1,39 @@
 """Small diffusion jobs from their configs: trained, evaluated and sampled on the ranks of a world."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
+import torch
 from hydra import compose, initialize_config_module
 from numpy.typing import NDArray
 from omegaconf import DictConfig
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 from jobs import Kept, Row, launch_of
 from longspan.train.checkpoint import Checkpoints
 from longspan.train.config import typed
 from longspan.train.drawing import draw
+from longspan.train.engine import fsdp
 from longspan.train.job import build, processes
 from longspan.train.loop import Loop, resume
 from longspan.train.preempt import Preempt
 
 STEPS = 4
-Trained = tuple[list[Row], list[float], NDArray[np.float32]]
+
+
+class Trained(NamedTuple):
+    """What each step recorded, held-out losses, samples, and the average of the weights, whole."""
+
+    rows: list[Row]
+    evals: list[float]
+    clips: NDArray[np.float32]
+    average: dict[str, Tensor]
 
 
 def config(*overrides: str, experiment: str = "vdit_moving_digits") -> DictConfig:
@@ -42,9 +59,25 @@ def latent_config(path: Path, *overrides: str) -> DictConfig:
         return typed(compose("train", overrides=[*small, *overrides]))
 
 
-def trained(rank: int, cfg: DictConfig, folder: Path, stop: int | None = None) -> Trained:
+@contextmanager
+def weights_in(dtype: torch.dtype) -> Iterator[None]:
+    """Jobs that are built meanwhile have weights of this dtype, and FSDP leaves them so."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    none = MixedPrecisionPolicy(cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy if dtype == torch.float32 else lambda *_, **__: none
+    try:
+        with patch.object(fsdp, "MixedPrecisionPolicy", policy):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def trained(
+    rank: int, cfg: DictConfig, folder: Path, stop: int | None = None, dtype: torch.dtype = torch.float32
+) -> Trained:
     """Steps from the checkpoint that is there on, held-out losses, and samples of the averaged weights."""
-    with processes(launch_of(rank), "cpu", 60.0) as device, Preempt() as preempt:
+    with processes(launch_of(rank), "cpu", 60.0) as device, Preempt() as preempt, weights_in(dtype):
         job = build(cfg, launch_of(rank), device)
         checkpoints, record = Checkpoints(folder / "checkpoints"), Kept(rank, stop)
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,4 +87,9 @@ def trained(rank: int, cfg: DictConfig, folder: Path, stop: int | None = None) -
         with job.averaged():
             judge = job.objective.judge()
             clips = draw(job, judge.sampler, 6, 2.0).clips
-        return record.rows, [row["eval_loss"] for row in state.evals], clips
+        average = {} if job.ema is None else {name: _whole(x) for name, x in job.ema.weights.items()}
+        return Trained(record.rows, [row["eval_loss"] for row in state.evals], clips, average)
+
+
+def _whole(x: Tensor) -> Tensor:
+    return (x.full_tensor() if isinstance(x, DTensor) else x).clone()

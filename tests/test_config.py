@@ -61,7 +61,9 @@ def test_all_choices_compose_together(experiment: str) -> None:
 @pytest.mark.parametrize("group", ["model", "data", "engine", "objective", "optim", "memory", "track"])
 def test_the_other_groups_compose(group: str) -> None:
     for choice in choices(group):
-        path = ["data.path=x"] if group == "data" and choice in ("text", "images", "latents") else []
+        needed = ("text", "images", "latents", "indexed")
+        path = ["data.path=x"] if group == "data" and choice in needed else []
+        path += ["data.tokenizer=bytes"] if choice == "indexed" else []
         # tiny sets what only a GPT and its texts have
         texts = group != "data" or choice in ("needle", "stdlib", "text")
         base = ["experiment=tiny"] if group != "model" and texts else []

@@ -11,8 +11,10 @@ import torch
 from clips import SMALL, every, latents, npy, write_images, write_safetensors, write_tar
 from longspan.models.patch import patchify
 from longspan.train.data.bucket import Buckets
+from longspan.train.data.clip import Traits
 from longspan.train.data.images import Images
 from longspan.train.data.latents import Latents
+from longspan.train.data.mock_latents import MockLatents
 from longspan.train.data.tensorfile import TensorFile
 from longspan.train.diffusion.batch import collate, grid_of, token_shape
 from longspan.train.diffusion.pack import Rows
@@ -156,3 +158,23 @@ def test_rows_hold_every_clip_once(folder: Path, tmp_path: Path) -> None:
         Rows(data, patch=4, grid=(1, 4, 6), context=20)
     with pytest.raises(ValueError, match=r"larger than the model's grid of \(1, 4, 5\)"):
         Rows(data, patch=4, grid=(1, 4, 5), context=70)
+
+
+def test_made_up_latents_have_the_shape_that_is_asked_for() -> None:
+    data = MockLatents(size=[3, 4, 6], channels=2, classes=5, text_dim=7, words=9, pooled_dim=3, seed=1)
+    one, again = data.item(4), data.item(4)
+    assert data.traits == Traits(((2, 3, 4, 6),), 7, 3) and one.shape == data.shape(4) == (2, 3, 4, 6)
+    assert one.text is not None and one.text.shape == (9, 7)
+    assert one.pooled is not None and one.pooled.shape == (3,)
+    assert np.array_equal(one.pixels, again.pixels) and {data.item(i).label for i in range(60)} == set(
+        range(5)
+    )
+    assert not np.array_equal(data.held_out().item(4).pixels, one.pixels) and one.pixels.dtype == np.float32
+    image = MockLatents(size=[4, 6], classes=None)
+    assert image.shape(0) == (4, 1, 4, 6) and image.classes == 1 and image.item(0).text is None
+    for bad, words in (
+        ({"size": [4]}, r"data.size is \[4\]"),
+        ({"size": [4, 4], "words": 0}, "data.words=0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            MockLatents(**bad)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from cells import build
 from denoising import CPU, PROCESSES, digits, objective, rows, share
-from longspan.kernels.mask import Full
+from longspan.kernels.mask import Full, Mask
+from longspan.kernels.neighborhood import Frames
+from longspan.parallel.placement import Placement, balanced
 from longspan.parallel.single import Single
 from longspan.train.batch import Batch, bind, place
 from longspan.train.data.clip import Clip
@@ -249,6 +251,22 @@ def test_brick_order_changes_nothing() -> None:
         found.append((part.positions, losses[:, part.positions.argsort()]))
     assert found[1][0][:8].tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
     assert torch.allclose(found[0][1], found[1][1], rtol=1e-12)
+
+
+def test_a_placement_that_is_even_is_so_in_bricks_too() -> None:
+    class Even(Single):
+        def place(self, length: int, mask: Mask) -> Placement:
+            return balanced(length, 2, mask)
+
+    denoise, mask = objective(brick=[2, 2]), Frames(4)
+    denoise.model.grid, denoise.model.masks, denoise.model.patch = (4, 4), (mask,), 2
+    noisy = denoise.noisy(rows([0]))
+    placement = noisy.placed(Even(), mask)
+    # rows see 4, 8, 12 and 16 tokens: of two bricks beside each other and two below, each rank takes one
+    assert placement.work(mask) == (80, 80)
+    denoise.model.channels = denoise.model.out_channels = 1
+    denoise.model.classes, denoise.model.text_dim, denoise.model.pooled_dim = 10, None, None
+    assert denoise.placement(digits(), Even(), mask) == placement
 
 
 def test_validation_is_fixed_and_knows_no_seed() -> None:

@@ -21,7 +21,8 @@ from longspan.train.tokenize import Tokenizing
 
 ROOT = Path(__file__).parent.parent
 COMMAND = re.compile(
-    r"(?:-m longspan\.(?:train|launch)(?:\.(evaluate|sample|draw|encode|tokenize|convert|dryrun|submit|plan))?"
+    r"(?:-m longspan\.(?:train|launch)"
+    r"(?:\.(evaluate|sample|draw|encode|tokenize|convert|dryrun|submit|plan))?"
     r"|longspan (train|submit|plan|evaluate|sample|draw|convert)|make train)\b(.*)"
 )
 SCHEMAS: dict[str, type] = {

@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks.memory import CASES, composed, dry, measured, row, step
 from longspan.launch.dryrun import dryrun, estimate
 from longspan.launch.ledger import HOST, Ledger, Moved
+from longspan.models.vdit import VideoDiT
 from longspan.train.job import Launch, build, processes
 from world import Worlds
 
@@ -19,6 +20,7 @@ SPLIT = [
     ("parallel=ring", "parallel.layout.placement=zigzag"),
     ("parallel=ulysses", "engine=fsdp"),
     pytest.param(("parallel=s2", "mask=s2", "engine=fsdp", "memory=long"), marks=pytest.mark.slow),
+    pytest.param(("parallel=single", "engine=fsdp", "parallel.mesh.tp=2"), marks=pytest.mark.slow),
 ]
 
 
@@ -71,6 +73,41 @@ def test_a_job_of_many_ranks_needs_none_of_them(tmp_path: Path, capsys: pytest.C
     kept, said = json.loads(path.read_text()), capsys.readouterr().out
     assert kept["world"] == 64 and kept["total"] == sum(kept["peak"].values())
     assert kept["mesh"]["dp"] == 4 and "memory of rank 0 of 64" in said and "all-to-all" in said
+
+
+LATENTS = {
+    "dit_xl_2": (("model.dim=24", "model.layers=2", "model.heads=2", "train.micro_batch=2"), 8, 8 * 2 * 256),
+    "vdit_1b_720p": (
+        ("model.dim=24", "model.layers=2", "model.heads=2", "model.hidden=48", "model.size=[3,12,16]"),
+        8, 3 * 6 * 8,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATENTS)
+def test_latents_that_are_not_there_are_made_up(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, world, tokens = LATENTS[name]
+    words = f"experiment={name}", "track=none", *small, f"world={world}"
+    assert dryrun(dry((*words, f"json={tmp_path}/found.json"))) == 0
+    assert "the data is made up" in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["tokens"] == tokens and {m["kind"] for m in found["sent"]} >= {"all-gather"}
+    if name == "vdit_1b_720p":
+        # texts of all their words, though nothing of them is real
+        model = VideoDiT([3, 12, 16], [1, 2, 2], 16, 24, 2, 2, 48, text_dim=4096)
+        assert found["flops"] == 6 * model.macs(text=512)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "world", "parameters"), [("dit_xl_2", 8, 675_129_632), ("vdit_1b_720p", 32, 1_418_996_800)]
+)
+def test_presets_for_clusters_run_dry(name: str, world: int, parameters: int) -> None:
+    found = estimate(dry((f"experiment={name}", "track=none", f"world={world}")))
+    # all but the frozen table of positions
+    assert 0.999 * parameters < found.parameters <= parameters and found.total < 80 * 2**30
 
 
 @pytest.mark.parametrize(

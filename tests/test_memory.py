@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion import Case, given, made
+from diffusion import Case, beside, dense, given, made
 from longspan.kernels.attention import attention
 from longspan.kernels.mask import Causal, Mask
 from longspan.kernels.patterns import Strided
@@ -68,13 +68,14 @@ def test_gradients_are_those_of_a_model_that_keeps_all(name: str, mask: Mask) ->
 
 
 @pytest.mark.parametrize("name", ["block", "kept", "offload", "tiles"])
-def test_a_diffusion_model_too(name: str) -> None:
-    case, found = Case("dit", "", (3, 4)), []
+@pytest.mark.parametrize("kind", ["dit", "vdit", "mmdit"])
+def test_diffusion_models_too(kind: str, name: str) -> None:
+    case, found = Case(kind, "", (3, 4)), []
     for settings in ({}, SETTINGS[name]):
         model = made(case)
         Memory(**settings).apply(model)
         x = given(case, model)
-        out = model(x["tokens"], torch.arange(12), x["t"], x["y"], Attending())
+        out = model(x["tokens"], torch.arange(12), x["t"], x["y"], dense, **beside(case, x))
         out.backward(x["dout"])
         found.append([out.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
     assert all((a - b).norm() <= 1e-12 * b.norm() for a, b in zip(*found, strict=True))

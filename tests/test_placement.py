@@ -9,10 +9,12 @@ import torch
 from benchmarks.balance import packed
 from longspan.kernels.heads import Heads, PerHead
 from longspan.kernels.mask import Causal, Documents, Full, Mask, Window
+from longspan.kernels.neighborhood import Frames, Neighborhood
 from longspan.kernels.patterns import Anchored, BlockPermutation, Shifted, Strided
 from longspan.kernels.span import Span, Spans, total
 from longspan.kernels.tile import area
-from longspan.parallel.balance import heads_of, shares
+from longspan.parallel.balance import InBricks, heads_of, shares
+from longspan.parallel.bricks import bricked
 from longspan.parallel.placement import Placement, auto, balanced, contiguous, named, zigzag
 
 NAMES = ("contiguous", "zigzag", "striped", "balanced", "auto")
@@ -73,6 +75,19 @@ def test_balanced_parts_neighbours_only_where_it_must() -> None:
     placement = balanced(LONG, 8, Window(1023))
     assert sum(map(len, placement.spans_by_rank)) <= 24
     assert balanced(LONG, 8, Full()) == contiguous(LONG, 8)
+
+
+@pytest.mark.parametrize(
+    "mask", [Frames(64), Neighborhood((16, 8, 8), (9, 3, 3), causal=(True, False, False))]
+)
+def test_balanced_is_even_in_bricks(mask: Mask) -> None:
+    """What the tokens cost is asked in the order in which they are dealt out."""
+    bricks = (16, 8, 8), (4, 4, 4), (1, 1, 1)
+    aware, blind = (bricked(balanced(1024, 4, asked), *bricks) for asked in (InBricks(mask, *bricks), mask))
+    assert aware.imbalance(mask) <= 1.001 < 1.05 < blind.imbalance(mask)
+    dealt = InBricks(mask, *bricks)
+    assert balanced(1024, 4, dealt).work(dealt) == aware.work(mask)
+    assert heads_of(InBricks(S2, *bricks)) == heads_of(S2) == 8
 
 
 def test_uneven_numbers_of_chunks_differ_by_one() -> None:

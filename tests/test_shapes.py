@@ -185,7 +185,7 @@ def test_clips_of_several_shapes_train_the_same_on_other_ranks(
     one = world(1)(trained, latent_config(path, "parallel=single", *MODEL, *overrides), tmp_path / "one")[0]
     assert one[2].shape == (6, 1, 1, 4, 8) and len(one[0]) == 2 and all(0 < x["loss"] < 3 for x in one[0])
     found = world(2)(trained, latent_config(path, "parallel=ulysses", *MODEL, *overrides), tmp_path / "two")
-    for rows, evals, clips in found:
+    for rows, evals, clips, _ in found:
         assert furthest(values(rows, "loss"), values(one[0], "loss")) < 2e-6
         assert furthest(values(rows, "grad_norm"), values(one[0], "grad_norm")) < 1e-5
         assert evals == pytest.approx(one[1], rel=2e-6) and np.abs(clips - one[2]).max() < 1e-4

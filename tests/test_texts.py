@@ -167,7 +167,7 @@ def test_a_step_s_work_counts_the_words_and_weights_may_be_bfloat16(world: World
     assert whole == sum(each)
     low = ("parallel=single", "engine=fsdp", "engine.param_dtype=bfloat16", "train.steps=1")
     cfg = latent_config(tmp_path / "latents", *MODELS["mmdit"], f"model.text_dim={WIDTH}", *low)
-    rows, _, clips = world(1)(trained, cfg, tmp_path / "low")[0]
+    rows, _, clips, _ = world(1)(trained, cfg, tmp_path / "low")[0]
     assert np.isfinite(rows[0]["loss"]) and np.isfinite(clips).all()
 
 

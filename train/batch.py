@@ -38,8 +38,8 @@ class Batch(Protocol):
         """What of a layer's mask is seen, given the documents of this batch."""
         ...
 
-    def placed(self, placement: Placement) -> Placement:
-        """Who holds what, where the tokens of the sequence do not stand in row-major order."""
+    def placed(self, layout: Layout, mask: Mask) -> Placement:
+        """Who holds what of each sequence. mask: of the model."""
         ...
 
     def held(self, layout: Layout, placement: Placement, device: torch.device) -> Any:
@@ -71,8 +71,8 @@ class Tokens:
     def mask(self, inner: Mask) -> Documents:
         return Documents(self.offsets, inner=inner)
 
-    def placed(self, placement: Placement) -> Placement:
-        return placement
+    def placed(self, layout: Layout, mask: Mask) -> Placement:
+        return layout.place(self.length, self.mask(mask))
 
     def held(self, layout: Layout, placement: Placement, device: torch.device) -> "Shard":
         tokens, labels, previous = (
@@ -114,7 +114,7 @@ def indices(first: int, *, dp: int, rank: int, micro: int, accumulate: int) -> l
 
 def place(layout: Layout, batch: Batch, mask: Mask) -> Placement:
     """Who holds what of this batch."""
-    return batch.placed(layout.place(batch.length, batch.mask(mask)))
+    return batch.placed(layout, mask)
 
 
 def bind(layout: Layout, placement: Placement) -> Attends:

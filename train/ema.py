@@ -27,11 +27,12 @@ class EMA:
     def __init__(self, model: nn.Module, *, decay: float = 0.9999, warmup: bool = True) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema.decay is {decay}; it must be from 0 to less than 1")
-        if any(getattr(p, "ds_id", None) is not None for p in model.parameters()):
-            raise ValueError(
-                f"train.ema is {decay}, but engine.stage=3 leaves no whole weights to average: take "
-                f"engine.stage=2 or engine=fsdp"
-            )
+        for mark, engine in (("ds_id", "engine.stage=3"), ("whole_numel", "engine=megatron")):
+            if any(hasattr(p, mark) for p in model.parameters()):
+                raise ValueError(
+                    f"train.ema is {decay}, but {engine} leaves no whole weights to average: take "
+                    f"engine.stage=2 or engine=fsdp"
+                )
         self.decay, self.warmup, self.updates = decay, warmup, 0
         self.weights = {name: _exact(p.detach()).clone() for name, p in model.named_parameters()}
 

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from ..kernels.mask import Mask
+from ..models.memory import Memory
 from ..models.offload import Host
 from ..parallel.layout import Layout
 from ..parallel.mesh import Heads
@@ -29,6 +30,7 @@ from .engine.protocol import Engine
 from .huggingface.start import start
 from .objective.protocol import Objective
 from .optim import Optim
+from .rounding import rounded
 
 # what is told of a rank that fails
 KINDS = (ValueError, FileNotFoundError, OSError)
@@ -94,6 +96,7 @@ def processes(launch: Launch, wanted: str, timeout_s: float) -> Iterator[torch.d
                 dist.destroy_process_group()
             raise
         dist.destroy_process_group()
+        forget_meshes()
 
 
 @contextmanager
@@ -108,9 +111,15 @@ def _own_groups() -> Iterator[None]:
     gc.collect()
     for group in [group for group in there if group not in before]:
         dist.destroy_process_group(group)
-    # it knows meshes by their ranks, and would hand out those whose groups have ended
-    _clear_sharding_prop_cache()
+    forget_meshes()
     gc.collect()
+
+
+def forget_meshes() -> None:
+    """To be called where process groups have ended: DTensor keeps meshes by their ranks, and would hand out
+    old ones to those that come after.
+    """
+    _clear_sharding_prop_cache()
 
 
 @contextmanager
@@ -281,12 +290,14 @@ def assembled(
 
         compiled.check(cfg, engine, mesh)
         compiled.compile_blocks(model)
-    host = made(cfg.memory).apply(model)
+    memory: Memory = made(cfg.memory)
+    host = memory.apply(model)
     # placed as training will: what the layout cannot serve is refused now, not in the middle of a run
     objective.placement(data, layout, mask)
     optim: Optim = made(cfg.optim)
     assert isinstance(objective, nn.Module)
-    engine.wrap(objective, optim.build, mesh)
+    build = optim.build if memory.weights == "float32" else rounded(optim.build, cfg.seed)
+    engine.wrap(objective, build, mesh)
     ema = EMA(model, decay=cfg.train.ema) if cfg.train.ema else None
     return Job(
         cfg, launch, device, ranks, mesh, layout, data, mask, model, objective, engine, optim, ema, host

@@ -117,8 +117,8 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def elements(p: torch.Tensor) -> int:
-    """Of the whole parameter, also where DeepSpeed's stage 3 has left an empty one in its place."""
-    return int(getattr(p, "ds_numel", p.numel()))
+    """Of the whole parameter, also where an engine has left only a part of it, or nothing, in its place."""
+    return int(getattr(p, "ds_numel", getattr(p, "whole_numel", p.numel())))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

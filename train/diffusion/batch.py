@@ -11,7 +11,7 @@ from torch import Tensor
 from ...kernels.mask import Documents, Mask, Offsets
 from ...models.grids import regridded
 from ...models.patch import axes, patch_grid, patchify
-from ...parallel.bricks import bricked
+from ...parallel.bricks import Bricks, place
 from ...parallel.layout import Layout, positions
 from ...parallel.placement import Placement
 from ..data.clip import Clip, Clips, Shape
@@ -83,7 +83,7 @@ class Noisy:
     offsets: Offsets | None = None
     text: Text | None = None
     grids: tuple[Grid, Grid] | None = None
-    bricks: tuple[Grid, Grid, Grid] | None = None
+    bricks: Bricks | None = None
 
     @property
     def rows(self) -> int:
@@ -107,9 +107,9 @@ class Noisy:
         inner = inner if self.grids is None else regridded(inner, *self.grids)
         return inner if self.offsets is None else Documents(self.offsets, inner=inner)
 
-    def placed(self, placement: Placement) -> Placement:
-        """The placement with these rows' order of tokens: positions stay row-major."""
-        return placement if self.bricks is None else bricked(placement, *self.bricks)
+    def placed(self, layout: Layout, mask: Mask) -> Placement:
+        """See `Batch`. In bricks too positions stay row-major ones."""
+        return place(layout, self.length, self.mask(mask), self.bricks)
 
     def held(self, layout: Layout, placement: Placement, device: torch.device) -> "Noisy":
         """The shard of this rank, on `device`."""

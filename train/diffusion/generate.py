@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...kernels.mask import Mask
 from ...models.block import Attends
+from ...parallel.bricks import Bricks
 from ...parallel.layout import Layout, unshard
 from ..batch import bind, place
 from ..objective.denoise import Denoise
@@ -40,7 +41,7 @@ class Request:
     guidance: float = 1.0
     text: Text | None = None
     grids: tuple[Grid, Grid] | None = None
-    bricks: tuple[Grid, Grid, Grid] | None = None
+    bricks: Bricks | None = None
 
     def noise(self, step: int) -> Tensor:
         """Noise of whole samples in this step of the solver (0: the start), float32 [B, T, D]."""

@@ -3,6 +3,7 @@ ring x head.
 """
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,8 @@ class DDP:
     def wrap(self, objective: nn.Module, build: Build, mesh: DeviceMesh) -> None:
         if mesh["tp"].size() > 1:
             raise ValueError(
-                f"parallel.mesh.tp is {mesh['tp'].size()}; engine=ddp holds whole weights, so it must be 1"
+                f"parallel.mesh.tp is {mesh['tp'].size()}; engine=ddp holds whole weights, so it must be 1, "
+                "or take engine=fsdp"
             )
         self.objective = objective
         self.model: nn.Module = objective.model  # type: ignore[assignment]
@@ -81,11 +83,17 @@ def _sum(over: _Over, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """A comm hook that adds instead of averaging: each rank's loss is already its share of the global mean.
 
     Apart, because DDP has all gradients in one bucket in its first step, and how a number is summed over more
-    than two ranks depends on where in its bucket it stands.
+    than two ranks depends on where in its bucket it stands. In float32 at least, rounded once.
     """
     whole, sums = bucket.buffer(), []
     for part in bucket.gradients() if over.apart else [whole]:
-        work = dist.all_reduce(part, group=over.group, async_op=True)
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))
+        work = dist.all_reduce(wide, group=over.group, async_op=True)
         assert work is not None
-        sums.append(work.get_future())
+        future = work.get_future()
+        sums.append(future if wide is part else future.then(partial(_put, part, wide)))
     return torch.futures.collect_all(sums).then(lambda _: whole)
+
+
+def _put(part: Tensor, wide: Tensor, _: torch.futures.Future[Tensor]) -> Tensor:
+    return part.copy_(wide)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..integrations import needs_extra
+from ..rounding import Rounded
 from .ddp import AXES
 from .fsdp import FORWARDS
 from .protocol import Build
@@ -115,6 +116,11 @@ class DeepSpeed:
 
     def _refuse(self, optimizer: torch.optim.Optimizer) -> None:
         """What no piece, or no checkpoint, can be made of."""
+        if isinstance(optimizer, Rounded):
+            raise ValueError(
+                "memory.weights is bfloat16, but engine=deepspeed keeps its own float32 weights: set it to "
+                "float32, or take engine=fsdp or ddp"
+            )
         if own := self.config.get("optimizer"):
             if own.get("type") not in ("Adam", "AdamW"):
                 raise ValueError(

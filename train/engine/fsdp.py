@@ -1,6 +1,7 @@
 """FSDP2: weights, gradients and optimizer state sharded over the ranks that share them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,13 +16,15 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from ...kernels.concrete import concrete
+from ...models.gpt import GPT
 from ...parallel.mesh import spanned
 from .protocol import Build
 from .states import load_state, saved_state, update
+from .tensor_parallel import check, split
 
 DType = Literal["float32", "bfloat16"]
 # what an objective computes besides its forward, with whole weights too
@@ -54,12 +57,14 @@ class FSDP:
         )
 
     def wrap(self, objective: nn.Module, build: Build, mesh: DeviceMesh) -> None:
-        if mesh["tp"].size() > 1:
-            raise ValueError(
-                f"parallel.mesh.tp is {mesh['tp'].size()}; engine=fsdp does not split layers, so it must be 1"
-            )
         model: nn.Module = objective.model  # type: ignore[assignment]
-        over, blocks = self._over(mesh), list(model.blocks)  # type: ignore[arg-type]
+        over, layers = self._over(mesh)
+        if layers is not None:
+            check(model, layers.size())
+            assert isinstance(model, GPT)
+            split(model, layers)
+        self.shared = 1 if layers is None else int(layers.size())
+        blocks = list(model.blocks)  # type: ignore[arg-type]
         for block in blocks:
             self._shard(block, over, self.reshard)
         # what is outside the blocks is used by the objective too, at both ends of its forward
@@ -84,7 +89,8 @@ class FSDP:
         self.objective.set_is_last_backward(last)
         loss: Tensor = self.objective(*inputs)
         loss.backward()
-        return loss.detach()
+        # ranks that share layers have the same loss
+        return loss.detach() / self.shared
 
     def step(self, lr: float, clip: float) -> float:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -102,17 +108,32 @@ class FSDP:
         load_state(self.model, self.optimizer, state)
 
     @concrete
-    def _over(self, mesh: DeviceMesh) -> DeviceMesh:
-        """The ranks that share weights: one axis, or dp that replicates beside the context that shards."""
-        kind, ranks = mesh.device_type, mesh.mesh.squeeze(-1)  # [dp, ring, head]
+    def _over(self, mesh: DeviceMesh) -> tuple[DeviceMesh, DeviceMesh | None]:
+        """The ranks that share weights: one axis, or dp that replicates beside the context that shards; and
+        those that share layers, if any do.
+        """
+        kind, ranks = mesh.device_type, mesh.mesh.flatten(1, 2)  # [dp, context, tp]
+        names: tuple[str, ...] = ("dp", "context")
+        if not self.replicate:
+            names, ranks = ("weights",), ranks.flatten(0, 1)
+        if ranks.shape[-1] > 1:
+            # one mesh, as FSDP asks for where parameters are split twice
+            both = spanned(kind, ranks, (*names, "tp"))
+            return both[names], both["tp"]
+        ranks = ranks.squeeze(-1)
         if self.replicate:
-            return spanned(kind, ranks.flatten(1), ("dp", "context"))
-        return DeviceMesh(kind, ranks.flatten(), mesh_dim_names=("weights",))
+            return spanned(kind, ranks, names), None
+        return DeviceMesh(kind, ranks, mesh_dim_names=names), None
 
     def _shard(self, module: nn.Module, over: DeviceMesh, reshard: bool) -> None:
         offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
         fully_shard(
-            module, mesh=over, reshard_after_forward=reshard, mp_policy=self.precision, offload_policy=offload
+            module,
+            mesh=over,
+            reshard_after_forward=reshard,
+            shard_placement_fn=partial(_apart, over.shape[-1]),
+            mp_policy=self.precision,
+            offload_policy=offload,
         )
 
 
@@ -130,16 +151,33 @@ def _resharded(objective: nn.Module, call: Callable[..., Any]) -> Callable[..., 
     return calling
 
 
+def _apart(ranks: int, p: nn.Parameter) -> Shard | None:
+    """Along which dimension a parameter is sharded (None: the first). Torch cuts pieces that tensor
+    parallelism has cut along it evenly only, and any others along the first only.
+    """
+    if not isinstance(p, DTensor) or not p.placements[0].is_shard(0):
+        return None
+    size = p.device_mesh.size()
+    even = p.shape[0] % (size * ranks) == 0
+    fits = [dim for dim in range(1, p.ndim) if p.shape[dim] % ranks == 0]
+    if not even and not fits:
+        raise ValueError(
+            f"parallel.mesh.tp is {size}, and {ranks} ranks shard what each has of a weight {list(p.shape)}: "
+            f"they can do so evenly only; take a model.dim that {ranks} divides, or other degrees of the mesh"
+        )
+    return None if even else Shard(fits[0])
+
+
 def total_norm(grads: Sequence[Tensor]) -> float:
     """The 2-norm of all gradients together; of a DTensor each rank has only its shard."""
     squares: dict[tuple[DeviceMesh | None, tuple[Placement, ...]], Tensor] = {}
     for grad in grads:
         key = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else (None, ())
-        square = _local(grad).float().square().sum()
+        square = _local(grad).to(torch.promote_types(grad.dtype, torch.float32)).square().sum()
         squares[key] = squares[key] + square if key in squares else square
     for (mesh, placements), square in squares.items():
         for axis, placement in enumerate(placements):
-            if mesh is not None and placement.is_shard():
+            if mesh is not None and not placement.is_replicate():
                 dist.all_reduce(square, group=mesh.get_group(axis))
     return float(sum(float(x) for x in squares.values()) ** 0.5)
 

@@ -10,7 +10,7 @@ from ...kernels.mask import Documents, Mask
 from ...kernels.tile import pairs
 from ...models.block import Attends
 from ...models.grids import dilation_of, regridded
-from ...parallel.bricks import bricked
+from ...parallel.bricks import Bricks, place
 from ...parallel.layout import Layout
 from ...parallel.placement import Placement
 from ..data.clip import Clips
@@ -99,12 +99,11 @@ class Denoise(nn.Module):
         found = []
         for length, shape in sorted((token_shape(shape, patch)[0], shape) for shape in traits.shapes):
             grids = grids_of(shape, patch, self.model.grid)
-            placed = layout.place(length, mask if grids is None else regridded(mask, *grids))
-            bricks = self.bricks(grids)
-            found.append(placed if bricks is None else bricked(placed, *bricks))
+            own = mask if grids is None else regridded(mask, *grids)
+            found.append(place(layout, length, own, self.bricks(grids)))
         return found[-1]
 
-    def bricks(self, grids: tuple[Grid, Grid] | None) -> tuple[Grid, Grid, Grid] | None:
+    def bricks(self, grids: tuple[Grid, Grid] | None) -> Bricks | None:
         """As in `Noisy`, for samples whose grids are these."""
         if self.brick is None:
             return None

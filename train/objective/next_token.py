@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...kernels.loss import linear_cross_entropy, token_losses
+from ...kernels.loss import likeliest, linear_cross_entropy, token_losses
 from ...kernels.mask import Documents, Mask
 from ...kernels.tile import pairs
 from ...models.block import Attends
@@ -14,6 +14,7 @@ from ...parallel.layout import Layout
 from ...parallel.placement import Placement
 from ..batch import Shard, Tokens, collate
 from ..data.sample import Dataset
+from ..engine.tensor_parallel import held
 from ..judge import Judge
 from ..judge_text import TextJudge
 from ..meter import gpt_flops, parameter_counts
@@ -61,26 +62,26 @@ class NextToken(nn.Module):
 
     def forward(self, part: Shard, attend: Attends, denominator: float) -> Tensor:
         """This rank's share of the mean: its summed loss, nats, over the *global* number of valid tokens."""
-        weight, labels = self.model.head.weight, part.labels.flatten()
+        x, (weight, rows) = self.hidden(part, attend), held(self.model.head.weight)
         return linear_cross_entropy(
-            self.hidden(part, attend),
+            x,
             weight,
-            labels,
+            part.labels.flatten(),
             denominator=denominator,
             chunk=self.chunk,
             z_loss=self.z_loss,
+            rows=rows,
         )
 
     @torch.no_grad()
     def losses(self, part: Shard, attend: Attends) -> Tensor:
         """Nats of each token, float32 [B, N], 0 where the label is ignored."""
-        flat = token_losses(
-            self.hidden(part, attend), self.model.head.weight, part.labels.flatten(), chunk=self.chunk
-        )
+        x, (weight, rows) = self.hidden(part, attend), held(self.model.head.weight)
+        flat = token_losses(x, weight, part.labels.flatten(), chunk=self.chunk, rows=rows)
         return flat.view_as(part.labels)
 
     @torch.no_grad()
     def guesses(self, part: Shard, attend: Attends, asked: Tensor) -> Tensor:
         """The most likely next token where `asked`, bool [B, N], is true: int64 [asked tokens]."""
-        logits: Tensor = self.model.head(self.hidden(part, attend)[asked.flatten()])
-        return logits.argmax(-1)
+        x, (weight, rows) = self.hidden(part, attend), held(self.model.head.weight)
+        return likeliest(x[asked.flatten()], weight, rows=rows)

@@ -1,0 +1,178 @@
+"""megatron-core under every layout: its layers and tensor parallelism, its process groups over our mesh."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from ...models.gpt import GPT
+from ..integrations import needs_extra, sum_gradients
+from .ddp import AXES
+from .megatron_parts import parts_of
+from .protocol import Build
+from .states import load_state, saved_state, update
+from .tensor_parallel import check
+
+
+class Megatron:
+    """The layers of a GPT are those of megatron-core's GPTModel, held together by the ranks of the axis tp
+    (Shoeybi et al. 2019, section 3); attention is the job's layout. Gradients are summed over dp x ring x
+    head. The optimizer is optim's, and every rank holds the state of all that it has of the weights.
+    """
+
+    def wrap(self, objective: nn.Module, build: Build, mesh: DeviceMesh) -> None:
+        model = objective.model
+        if not isinstance(model, GPT):
+            raise ValueError(
+                f"engine=megatron serves models of text, not {type(model).__name__}: take engine=fsdp"
+            )
+        refuse(model, mesh["tp"].size())
+        tp = mesh["tp"]
+        context = mesh["ring"].size() * mesh["head"].size()
+        initialize(mesh, context)
+        self.names, table, layers, head = parts_of(model, tp, context)
+        weights, tied = dict(model.state_dict()), self.names.tied
+        model.embed, model.blocks, model.head = table, nn.ModuleList(layers), head  # type: ignore[assignment]
+        model.to(device=weights["embed.weight"].device)
+        self.model, self.objective, self.tp = model, objective, tp
+        self.cut: set[nn.Parameter] = set()
+        if tp.size() > 1:
+            # each rank has the loss of its part of the vocabulary, and so an addend of this gradient
+            model.norm.register_forward_hook(lambda _, args, x: _whole_gradient(x))
+        self._fill(dict(model.named_parameters()), weights)
+        for name, p in model.named_parameters():
+            parts = [*self.names.parts(name, p.detach())]
+            own = {part.name for part in parts} - {"head.weight" if tied else ""}
+            p.whole_numel = sum(weights[part].numel() for part in own)  # type: ignore[attr-defined]
+            if parts[0].dim is not None:
+                self.cut.add(p)
+        self.weights = mesh[AXES]._flatten("weights").get_group() if dist.get_world_size() > 1 else None
+        self.optimizer = build(model)
+
+    def backward(self, *inputs: Any, last: bool) -> Tensor:
+        loss: Tensor = self.objective(*inputs)
+        loss.backward()
+        if last:
+            sum_gradients(self.model, self.weights)
+            self._sum_of_heads()
+        # ranks that share layers have the same loss
+        return loss.detach() / self.tp.size()
+
+    def step(self, lr: float, clip: float) -> float:
+        norm = self._norm()
+        if clip and norm > clip:
+            for p in self.model.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(clip / (norm + 1e-6))
+        update(self.optimizer, lr, norm)
+        return norm
+
+    def save(self) -> dict[str, Any]:
+        raw = saved_state(self.model, self.optimizer)
+        model = {
+            part.name: self.names.whole(part)
+            for name, x in raw["model"].items()
+            if x is not None
+            for part in self.names.parts(name, x)
+        }
+        optim: dict[str, dict[str, Tensor]] = {}
+        for name, state in raw["optim"].items():
+            like = raw["model"][name]
+            for key, x in state.items():
+                # a count of steps is no tensor like the weight, and the same for all its parts
+                for part in self.names.parts(name, x if x.shape == like.shape else like):
+                    whole = self.names.whole(part) if x.shape == like.shape else x.clone()
+                    optim.setdefault(part.name, {})[key] = whole
+        if self.names.tied:
+            # one parameter, which the optimizer knows by its first name
+            optim.pop("head.weight", None)
+        return {"model": model, "optim": optim}
+
+    def load(self, state: dict[str, Any]) -> None:
+        raw = saved_state(self.model, self.optimizer)
+        self._fill(raw["model"], state["model"])
+        for name, found in raw["optim"].items():
+            like = raw["model"][name]
+            for key, x in found.items():
+                if x.shape == like.shape:
+                    self._fill({name: x}, {n: s[key] for n, s in state["optim"].items() if key in s})
+                else:
+                    first = next(iter(self.names.parts(name, like))).name
+                    x.copy_(state["optim"][first][key])
+        load_state(self.model, self.optimizer, raw)
+
+    @torch.no_grad()
+    def _fill(self, ours: dict[str, Tensor], given: dict[str, Any]) -> None:
+        """Copies tensors by their names in a checkpoint, whole or as `save` gave them, to where they are."""
+        for name, x in ours.items():
+            # Megatron's layers have names for more state, without any
+            for part in self.names.parts(name, x.detach()) if x is not None else ():
+                if part.name not in given:
+                    continue
+                value = given[part.name]
+                if isinstance(value, DTensor):
+                    value = value.to_local()
+                elif part.dim is not None and self.tp.size() > 1:
+                    each = -(-value.shape[part.dim] // self.tp.size())
+                    first = self.tp.get_local_rank() * each
+                    value = value.narrow(part.dim, first, part.shape[part.dim])
+                part.view.copy_(value.reshape(part.view.shape))
+
+    def _sum_of_heads(self) -> None:
+        """Norms of single heads have a gradient from the heads of each rank."""
+        if self.tp.size() == 1:
+            return
+        for name, p in self.model.named_parameters():
+            if ("q_layernorm" in name or "k_layernorm" in name) and p.grad is not None:
+                dist.all_reduce(p.grad, group=self.tp.get_group())
+
+    def _norm(self) -> float:
+        """The 2-norm of all gradients, of which tensor-parallel ranks hold parts."""
+        squares = torch.zeros(2, device=next(self.model.parameters()).device)
+        for p in self.model.parameters():
+            if p.grad is not None:
+                squares[int(p in self.cut)] += p.grad.float().square().sum()
+        if self.tp.size() > 1:
+            dist.all_reduce(squares[1:], group=self.tp.get_group())
+        return float(squares.sum().sqrt())
+
+
+def _whole_gradient(x: Tensor) -> Tensor:
+    from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+
+    same: Tensor = copy_to_tensor_model_parallel_region(x)
+    return same
+
+
+def refuse(model: GPT, tp: int) -> None:
+    """ValueError for what megatron-core's layers cannot be."""
+    check(model, tp)
+    if model.bias == "qkvo":
+        raise ValueError("model.bias is qkvo; with engine=megatron it can be none or qkv: take engine=fsdp")
+    changed = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    if changed:
+        raise ValueError(
+            f"memory changes {changed[0]}, which engine=megatron replaces: set memory=none, or take "
+            "engine=fsdp"
+        )
+
+
+def initialize(mesh: DeviceMesh, context: int) -> None:
+    """Megatron's process groups, which are those of the mesh: tp within context within dp."""
+    try:
+        from megatron.core import parallel_state
+    except ImportError as error:
+        raise needs_extra("engine=megatron", "megatron", error) from error
+    order = mesh.mesh.flatten().tolist()
+    if order != list(range(len(order))):
+        raise ValueError(
+            f"engine=megatron numbers ranks in the order of the mesh, but parallel.mesh has {order}"
+        )
+    # of another job of this process, whose groups have ended
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=mesh["tp"].size(), context_parallel_size=context
+    )
