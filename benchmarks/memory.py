@@ -139,6 +139,8 @@ def draw(rows: list[Row], path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(TOKENS, [str(n) for n in TOKENS])
+    axes.set_yticks([32 * 2**i for i in range(6)], [str(32 * 2**i) for i in range(6)])
+    axes.minorticks_off()
     axes.set_xlabel("tokens of a sequence")
     axes.set_ylabel("MiB at the peak of a step")
     axes.set_title("measured (lines) and predicted by the dry run (rings)", fontsize=10)
