@@ -70,7 +70,7 @@ def layered(mask: Mask | Sequence[Mask], layers: int, kv_heads: int) -> tuple[Ma
     if isinstance(mask, Mask):
         masks = _at_layers(mask, layers, kv_heads)
     else:
-        masks = tuple(mask)
+        masks = tuple(mask) if isinstance(mask, Iterable) else (mask,)
         bad = [m for m in masks if not isinstance(m, Mask)]
         if len(masks) != layers or bad:
             found = f"{bad[0]!r} among the masks" if bad else f"{len(masks)} masks"
@@ -185,6 +185,8 @@ def _far(mask: Mask, head: int, of: int, grid: tuple[int, int] | None) -> int | 
         case Documents(inner=Mask() as inner):
             return _far(inner, head, of, grid)
         case Bound(inner, indices, whole):
+            if head >= len(indices):
+                raise ValueError(f"the mask is bound to {len(indices)} kv heads, but the layers have {of}")
             return _far(inner, indices[head], whole, grid)
         case PerLayer():
             return _far(mask.parts(of), head, of, grid)

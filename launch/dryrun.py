@@ -27,6 +27,7 @@ from ..kernels.concrete import concrete
 from ..train.agree import Ranks
 from ..train.config import Root, made, typed
 from ..train.engine.deepspeed import DeepSpeed
+from ..train.engine.megatron import Megatron
 from ..train.engine.tensor_parallel import rows_of
 from ..train.entry import entry, guarded
 from ..train.job import Job, Launch, assembled, build_layout, check_numbers, forget_meshes
@@ -98,7 +99,11 @@ def stood_in(cfg: DictConfig) -> DictConfig:
 def _absent(data: DictConfig) -> bool:
     if "path" not in data:
         return False
-    return OmegaConf.is_missing(data, "path") or not Path(str(data.path)).expanduser().exists()
+    if OmegaConf.is_missing(data, "path"):
+        return True
+    path = Path(str(data.path)).expanduser()
+    # data=indexed takes the prefix of two files
+    return not path.exists() and not path.with_name(f"{path.name}.bin").exists()
 
 
 def _mock(data: DictConfig, model: DictConfig) -> dict[str, Any] | None:
@@ -142,10 +147,11 @@ def estimate(cfg: DictConfig, *, flops: bool = True) -> Estimate:
             raise ValueError(f"{name} is {cfg[name]}; it must be at least {low}")
     if cfg.rank >= cfg.world:
         raise ValueError(f"rank is {cfg.rank}; with world={cfg.world} it must be less")
-    if isinstance(made(cfg.engine), DeepSpeed):
-        raise ValueError(
-            "engine=deepspeed looks into its tensors, and a dry run has none with data: take engine=fsdp"
-        )
+    for kind, name in ((DeepSpeed, "deepspeed"), (Megatron, "megatron")):
+        if isinstance(made(cfg.engine), kind):
+            raise ValueError(
+                f"engine={name} looks into its tensors, and a dry run has none with data: take engine=fsdp"
+            )
     if cfg.train.compile:
         raise ValueError("train.compile is true; what is compiled cannot be counted: set train.compile=false")
     node = min(cfg.node, cfg.world)

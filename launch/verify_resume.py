@@ -79,10 +79,14 @@ def compared(
         a[key] == b[key] for a, b in zip(got, after, strict=False) for key in EXACT
     )
     apart = {
-        key: max((abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(got, after, strict=False)), default=0.0)
+        key: max((_apart(a[key], b[key]) for a, b in zip(got, after, strict=False)), default=0.0)
         for key in CLOSE
     }
     return Found(name, since, int(after[-1]["step"]) if after else since, exact, apart)
+
+
+def _apart(a: float, b: float) -> float:
+    return 0.0 if a == b else abs(a - b) / (abs(b) or 1.0)
 
 
 def _run(side: Side, every: int, folder: Path) -> list[dict[str, float]]:
@@ -129,9 +133,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         second = first
     try:
         with initialize_config_module("longspan.conf", version_base="1.3"):
-            steps = int(compose("train", overrides=list(second.words)).train.steps)
+            steps = compose("train", overrides=list(second.words)).train.steps
     except HydraException as error:
         print(f"verify_resume: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if not isinstance(steps, int):
+        print(f"verify_resume: train.steps is {steps}; give a number of steps", file=sys.stderr)
+        return 2
+    if given.folder is not None and given.folder.exists() and any(given.folder.iterdir()):
+        print(f"verify_resume: --folder {given.folder} is not empty; give a new one", file=sys.stderr)
         return 2
     at = steps // 2 if given.at is None else given.at
     if min(first.ranks, second.ranks) < 1 or not 0 < at < steps:

@@ -62,7 +62,7 @@ class Memory:
         ValueError if the model has nothing that a setting serves.
         """
         if self.weights == "bfloat16":
-            model.bfloat16()
+            _narrow(model)
         blocks = list(cast(nn.ModuleList, model.blocks))
         if self.mlp_tile:
             kinds = SwiGLU, Mlp, SequentialMlp
@@ -89,6 +89,26 @@ class Memory:
             )
         for module in found:
             module.forward = change(module)
+
+
+def _narrow(model: nn.Module) -> None:
+    """Puts bfloat16 parameters and buffers in the place of others, one for those that are shared. (A fake
+    tensor's data cannot be exchanged, as `Module.bfloat16` does.)
+    """
+    # with each what it stands for, whose id must not be given to another
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+    for module in model.modules():
+        for kept in (module._parameters, module._buffers):
+            for name, x in kept.items():
+                if x is None or not x.is_floating_point():
+                    continue
+                if id(x) not in made:
+                    low = x.detach().bfloat16()
+                    made[id(x)] = (
+                        x,
+                        nn.Parameter(low, x.requires_grad) if isinstance(x, nn.Parameter) else low,
+                    )
+                kept[name] = made[id(x)][1]  # type: ignore[assignment]
 
 
 def _recomputed(keep: bool, host: Host | None, block: Callable[..., Any], *args: Any) -> Any:

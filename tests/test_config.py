@@ -236,6 +236,10 @@ def test_a_run_folders_config_is_checked_like_a_command(tmp_path: Path) -> None:
     assert isinstance(kept, dict)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(kept))
     assert config_of(tmp_path) == config("experiment=tiny")
+    for engine in ("deepspeed", "megatron"):
+        # whose checkpoints are read without it
+        OmegaConf.save(config("experiment=tiny", f"engine={engine}"), tmp_path / "config.yaml")
+        assert config_of(tmp_path).engine._target_.endswith("FSDP")
     kept["mask"] = {"_target_": "os.system", "command": "touch pwned"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(kept))
     with pytest.raises(ConfigError, match=r"mask._target_ is 'os.system': a config may build longspan"):

@@ -66,6 +66,16 @@ def test_sharded_weights_are_a_share(tmp_path: Path) -> None:
     assert whole.tokens == quarter.tokens == 512 and whole.flops == quarter.flops > 0
 
 
+def test_bfloat16_weights_are_half_of_float32(tmp_path: Path) -> None:
+    for engine in ("ddp", "fsdp"):
+        whole, half = (
+            estimate(dry((*TINY, "parallel=ring", f"engine={engine}", "world=2", f"memory.weights={dtype}")))
+            for dtype in ("float32", "bfloat16")
+        )
+        assert half.peak["parameters"] == whole.peak["parameters"] / 2
+        assert half.parameters == whole.parameters
+
+
 def test_a_job_of_many_ranks_needs_none_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "found.json"
     split = ("parallel=usp", "engine=fsdp", "world=64", "parallel.mesh.dp=4", f"json={path}")
@@ -118,6 +128,7 @@ def test_presets_for_clusters_run_dry(name: str, world: int, parameters: int) ->
         ("memory_gib=0.0001", "memory_gib is 0.0001, and a rank needs 0.0 GiB: .* most of them activations"),
         ("parallel.mesh.tp=2", "start a multiple of 2"),
         ("engine=deepspeed", "engine=deepspeed looks into its tensors, .* take engine=fsdp"),
+        ("engine=megatron", "engine=megatron looks into its tensors, .* take engine=fsdp"),
     ],
 )
 def test_a_job_that_cannot_run_says_why(word: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""engine=megatron: trains as one process does under every layout, and goes on where other engines stopped."""
+"""engine=megatron: trains as one process does, and goes on where other engines stopped."""
 
 import warnings
 from pathlib import Path

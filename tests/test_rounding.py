@@ -5,9 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from cells import meshed
 from jobs import Once, config, furthest, ring, run, values
+from longspan.models.gpt import GPT
+from longspan.parallel.mesh import Mesh
+from longspan.train.engine.states import local, total_norm
+from longspan.train.job import Launch, processes
 from longspan.train.rounding import Rounded, rounded, stochastic
+from longspan.train.run import train
+from longspan.train.trained import load_weights
 from world import Worlds
 
 SR = "memory.weights=bfloat16"
@@ -70,6 +78,41 @@ def test_groups_keep_their_settings_and_weights_without_gradient_stay() -> None:
     optimizer.step()
     moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
     assert moved == [True, False, False, False]
+
+
+def shards(rank: int) -> torch.Tensor:
+    """This rank's part of a weight whose parts are alike, after an update."""
+    mesh = meshed(Mesh(ring=2))["ring"]
+    whole = torch.ones(2, 500, dtype=torch.bfloat16)
+    p = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    p.grad = distribute_tensor(whole, mesh, [Shard(0)])
+    Rounded([{"params": [p], "lr": 1e-3}], torch.optim.SGD, 0).step()
+    return local(p.detach())
+
+
+def test_parts_of_a_weight_are_not_rounded_alike(world: Worlds) -> None:
+    a, b = world(2)(shards)
+    assert 0 < (a != 1).sum() < 500 and not torch.equal(a, b)
+
+
+def test_norms_of_bfloat16_gradients_are_summed_in_float32() -> None:
+    grads = [torch.randn(n, generator=seeded(n)).bfloat16() for n in (1000, 37)]
+    exact = torch.cat([g.double() for g in grads]).norm().item()
+    assert total_norm(grads) == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_run_is_evaluated_and_sampled(once: Once, world: Worlds, data_cache: str, tmp_path: Path) -> None:
+    """Also its average, which is float32; and by models that are built without memory=."""
+    words = (SR, "parallel=single", "train.steps=2", "train.ema=0.5", "eval.final=1", f"run.dir={tmp_path}")
+    cfg = config(data_cache, *words)
+    with processes(Launch(), "cpu", 60.0):
+        assert train(cfg, Launch()) == 0
+    plain = GPT(257, 32, 2, 4, 96, kv_heads=2, qk_norm=True)
+    for averaged in (False, True):
+        assert load_weights(tmp_path, "auto", plain, print, cfg=cfg, averaged=averaged) == 2
+        assert all(p.dtype == torch.float32 for p in plain.parameters())
+        low = [torch.equal(p, p.bfloat16().float()) for p in plain.parameters()]
+        assert all(low) != averaged
 
 
 def test_a_job_trains_as_in_float32_but_for_rounding(once: Once) -> None:

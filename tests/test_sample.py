@@ -179,7 +179,7 @@ def spoken(rank: int, folder: Path, prompt: str, tokens: int) -> tuple[str, str]
     gpt = build_model(config, data, made(config.mask)).eval()
     assert isinstance(gpt, GPT)
     warned: list[str] = []
-    assert load_weights(folder, "auto", gpt, warned.append) == 3 and not warned
+    assert load_weights(folder, "auto", gpt, warned.append, cfg=config) == 3 and not warned
     ids = data.encode(prompt)
     for _ in range(tokens):
         ids.append(int(full(gpt, ids, 0)[-1].argmax()))

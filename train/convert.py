@@ -113,7 +113,7 @@ def _from_run(cfg: DictConfig, run: Path, say: Say) -> None:
     model = made(config.model)(vocab=config.model.vocab or facts["vocab"], mask=made(config.mask))
     if config.lora is not None:
         made(config.lora).apply(model)
-    step = load_weights(run, cfg.checkpoint, model, say, averaged=cfg.averaged)
+    step = load_weights(run, cfg.checkpoint, model, say, cfg=config, averaged=cfg.averaged)
     assert isinstance(model, GPT)
     if model.mix is not None:
         raise ValueError(f"from={run} has model.predecessor=true, which no model of transformers has")

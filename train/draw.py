@@ -60,7 +60,9 @@ def samples(cfg: DictConfig, launch: Launch) -> int:
             raise ValueError(f"labels holds {bad[0]}; the data's classes are 0 to {job.data.classes - 1}")
         sampler = chosen(cfg, judge)
         check_sampling(denoise_of(job), sampler, cfg.guidance)
-        step = load_weights(folder, cfg.checkpoint, job.model, shown.note, averaged=job.ema is not None)
+        step = load_weights(
+            folder, cfg.checkpoint, job.model, shown.note, cfg=config, averaged=job.ema is not None
+        )
         found = draw(job, sampler, cfg.count, cfg.guidance, list(cfg.labels), cfg.size)
 
         def tell() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from .engine.states import local
 
 
 class EMA:
@@ -45,14 +46,14 @@ class EMA:
         """Takes in the weights as they are now; once after each optimizer step, on every rank."""
         share = 1.0 - self.rate()
         for name, p in model.named_parameters():
-            average = _held(self.weights[name])
-            average.lerp_(_held(p.detach()).to(average.dtype), share)
+            average = local(self.weights[name])
+            average.lerp_(local(p.detach()).to(average.dtype), share)
         self.updates += 1
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """The model with the averaged weights; its own come back, bit for bit, whatever happens."""
-        own = {name: _held(p.detach()).clone() for name, p in model.named_parameters()}
+        own = {name: local(p.detach()).clone() for name, p in model.named_parameters()}
         try:
             self._put(model, self.weights)
             yield
@@ -63,7 +64,7 @@ class EMA:
     @torch.no_grad()
     def _put(model: nn.Module, weights: dict[str, Tensor]) -> None:
         for name, p in model.named_parameters():
-            _held(p.detach()).copy_(_held(weights[name]))
+            local(p.detach()).copy_(local(weights[name]))
 
     def state(self) -> dict[str, Any]:
         """Tensors for a checkpoint, also as the template that one is loaded into."""
@@ -79,13 +80,8 @@ class EMA:
         if other := sorted(state["weights"].keys() ^ self.weights.keys()):
             raise ValueError(f"the saved average is of another model: {other[0]} is in one of them only")
         for name, average in self.weights.items():
-            _held(average).copy_(_held(state["weights"][name]))
+            local(average).copy_(local(state["weights"][name]))
         self.updates = int(state["updates"])
-
-
-def _held(x: Tensor) -> Tensor:
-    """What this rank holds of x, in the same storage."""
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _exact(x: Tensor) -> Tensor:

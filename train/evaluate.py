@@ -57,7 +57,7 @@ def evaluate(cfg: DictConfig, launch: Launch) -> int:
         job = build(config, launch, device)
         if not isinstance(job.data, Dataset):
             raise ValueError(f"run.dir={folder} trained no language model: take longspan draw")
-        step = load_weights(folder, cfg.checkpoint, job.model, shown.note)
+        step = load_weights(folder, cfg.checkpoint, job.model, shown.note, cfg=config)
         found: dict[str, Any] = {"step": step}
         rows = {"run": f"{folder}, step {step}"}
         rows |= _text(job, cfg, folder, found)

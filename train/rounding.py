@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .engine.protocol import Build
+from .engine.states import local
 
 # how often a weight was rounded, which seeds the next time: a run that goes on rounds as if it never stopped
 ROUNDS = "rounds"
@@ -61,9 +62,9 @@ class Rounded(torch.optim.Optimizer):
         self.inner.param_groups = [group | {"params": [weight]}]
         self.inner.state = defaultdict(dict, {weight: dict(state)} if state else {})
         self.inner.step()
-        seed = hash((self.seed, number, int(rounds))) & (2**63 - 1)
+        seed = hash((self.seed, number, int(rounds), *_part(p))) & (2**63 - 1)
         generator = torch.Generator(p.device).manual_seed(seed)
-        _own(p).copy_(stochastic(_own(weight.detach()), generator))
+        local(p).copy_(stochastic(local(weight.detach()), generator))
         state.update(self.inner.state[weight], **{ROUNDS: rounds + 1})
         self.inner.param_groups, self.inner.state = [], defaultdict(dict)
 
@@ -89,5 +90,9 @@ def rounded(build: Build, seed: int) -> Build:
     return building
 
 
-def _own(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
+def _part(p: Tensor) -> tuple[int, ...]:
+    """Which part of a weight this rank holds, so that no two are rounded alike; replicas are."""
+    if not isinstance(p, DTensor):
+        return ()
+    at = p.device_mesh.get_coordinate() or ()
+    return tuple(i for i, x in zip(at, p.placements, strict=True) if not x.is_replicate())

@@ -134,7 +134,7 @@ def sample(cfg: DictConfig, launch: Launch) -> int:
     with processes(launch, cfg.device, 600.0) as device:
         data = made(config.data)
         model = build_model(config, data, made(config.mask)).to(device).eval()
-        load_weights(folder, cfg.checkpoint, model, lambda line: print(line, file=sys.stderr))
+        load_weights(folder, cfg.checkpoint, model, lambda line: print(line, file=sys.stderr), cfg=config)
         prompt = data.encode(cfg.prompt)
         if not prompt:
             raise ValueError("prompt is empty; give at least one character")

@@ -39,7 +39,9 @@ def tokenize(cfg: DictConfig, launch: Launch) -> int:
     data = made(cfg.data)
     if not isinstance(data, Packed):
         raise ValueError(f"data is {type(data).__name__}: take data=text, or data=stdlib")
-    documents, tokens = write(cfg.out, chain(data.documents(), data.held_out().documents()), data.vocab)
+    documents, tokens = write(
+        os.path.expanduser(cfg.out), chain(data.documents(), data.held_out().documents()), data.vocab
+    )
     size = f"data.tokenizer={cfg.data.get('tokenizer', 'bytes')}"
     print(f"{documents} documents, {tokens} tokens: train with data=indexed data.path={cfg.out} {size}")
     return 0

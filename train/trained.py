@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from .checkpoint import Checkpoints
 from .config import ConfigError, typed
 
-DEEPSPEED, FSDP = "longspan.train.engine.deepspeed.DeepSpeed", "longspan.train.engine.fsdp.FSDP"
+FSDP = "longspan.train.engine.fsdp.FSDP"
+INSTEAD = ("longspan.train.engine.deepspeed.DeepSpeed", "longspan.train.engine.megatron.Megatron")
 
 
 def config_of(folder: Path, **groups: DictConfig) -> DictConfig:
@@ -31,7 +32,7 @@ def config_of(folder: Path, **groups: DictConfig) -> DictConfig:
         raise ConfigError(f"{path} is no config: {' '.join(str(error).split())}") from None
     if not isinstance(kept, DictConfig):
         raise ConfigError(f"{path} is no config: it holds a {type(kept).__name__}")
-    if OmegaConf.select(kept, "engine._target_") == DEEPSPEED:
+    if OmegaConf.select(kept, "engine._target_") in INSTEAD:
         # without a step to make, FSDP shards weights as well, and a checkpoint is read into its shards
         kept.engine = {"_target_": FSDP}
     for name, group in groups.items():
@@ -40,14 +41,24 @@ def config_of(folder: Path, **groups: DictConfig) -> DictConfig:
 
 
 def load_weights(
-    folder: Path, which: str, model: nn.Module, warn: Callable[[str], None], *, averaged: bool = False
-) -> int:
+    folder: Path, which: str, model: nn.Module, warn: Callable[[str], None], *, cfg: DictConfig,
+    averaged: bool = False,
+) -> int:  # fmt: skip
     """Loads the model's weights, or their average, from checkpoint `which` (auto or a path) of the run in
-    `folder`; the step it was saved at.
+    `folder` with config `cfg`; the step it was saved at. The model's weights keep their dtype.
     """
-    own = get_model_state_dict(model)
-    names = {name for name, _ in model.named_parameters()}
-    weights = {name: x for name, x in own.items() if name in names}
+    first = {id(p): name for name, p in model.named_parameters()}
+    # a weight that is shared has more names in a checkpoint, but none of them in an average
+    names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    kept = getattr(torch, OmegaConf.select(cfg, "memory.weights", default="float32"))
+    if averaged:
+        kept = torch.float32
+    own: dict[str, Any] = get_model_state_dict(model)
+    for name, one in names.items():
+        # read in the dtype that it was written in
+        x = own[one]
+        own[name] = x.to(kept) if x.dtype in (torch.float32, torch.bfloat16) else x
+    weights = {name: own[name] for name in first.values()}
     tensors: dict[str, Any] = {"model": own}
     if averaged:
         tensors = {"ema": {"weights": weights, "updates": torch.tensor(0)}}

@@ -53,12 +53,7 @@ class Indexed(Packed):
     def sample(self, index: int, step: int = 0) -> Sample:
         """See `Packed.sample`. ValueError for an id that the tokenizer does not have."""
         found = super().sample(index, step)
-        top = int(found.tokens.max())
-        if top >= self.vocab:
-            raise ValueError(
-                f"data.tokenizer has {self.vocab} ids, but sample {index} of {self._facts['path']}.bin holds "
-                f"the id {top}: give the tokenizer that made the file"
-            )
+        _check_ids(found.tokens, self.vocab, self._facts["path"])
         return found
 
 
@@ -167,15 +162,21 @@ def _bytes_per_token(store: Store, tokenizer: Tokenizer, held_out: float) -> flo
     for i in store.split(held_out)[1].tolist():
         begin, end = int(store.starts[i]), int(store.starts[i + 1])
         ids = store.tokens[begin : min(end, begin + _DECODED - count)].tolist()
-        if ids and max(ids) >= tokenizer.vocab:
-            raise ValueError(
-                f"data.tokenizer has {tokenizer.vocab} ids, but {store.meta['root']}.bin holds the id "
-                f"{max(ids)}: give the tokenizer that made the file"
-            )
+        _check_ids(np.asarray(ids), tokenizer.vocab, store.meta["root"])
         count, size = count + len(ids), size + len(tokenizer.decode(ids).encode())
         if count >= _DECODED:
             break
     return max(size, 1) / count
+
+
+def _check_ids(ids: npt.NDArray[Any], vocab: int, prefix: str) -> None:
+    """ValueError for an id that the tokenizer does not have."""
+    bad = ids[(ids < 0) | (ids >= vocab)]
+    if len(bad):
+        raise ValueError(
+            f"data.tokenizer has {vocab} ids, but {prefix}.bin holds the id {bad[0]}: give the tokenizer "
+            "that made the file"
+        )
 
 
 def write(prefix: str, documents: Iterable[Ints], vocab: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...kernels.concrete import concrete
 from .protocol import Build
-from .states import load_state, saved_state, update
+from .states import load_state, saved_state, total_norm, update
 
 AXES = ("dp", "ring", "head")
 
@@ -61,8 +61,8 @@ class DDP:
         return loss.detach()
 
     def step(self, lr: float, clip: float) -> float:
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip or float("inf")))
-        update(self.optimizer, lr, norm)
+        norm = total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        update(self.optimizer, lr, norm, clip)
         return norm
 
     def save(self) -> dict[str, Any]:

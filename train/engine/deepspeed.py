@@ -14,7 +14,7 @@ from ..rounding import Rounded
 from .ddp import AXES
 from .fsdp import FORWARDS
 from .protocol import Build
-from .states import load_state, saved_state, update
+from .states import load_state, saved_state, total_norm, update
 from .zero_pieces import Pieces
 from .zero_settings import complete, read, settled
 
@@ -84,8 +84,8 @@ class DeepSpeed:
 
     def step(self, lr: float, clip: float) -> float:
         if not self.stage:
-            norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip or float("inf")))
-            update(self.optimizer, lr, norm)
+            norm = total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            update(self.optimizer, lr, norm, clip)
             return norm
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr

@@ -1,11 +1,10 @@
 """FSDP2: weights, gradients and optimizer state sharded over the ranks that share them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -17,13 +16,12 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import Placement
 
 from ...kernels.concrete import concrete
 from ...models.gpt import GPT
 from ...parallel.mesh import spanned
 from .protocol import Build
-from .states import load_state, saved_state, update
+from .states import load_state, saved_state, total_norm, update
 from .tensor_parallel import check, split
 
 DType = Literal["float32", "bfloat16"]
@@ -95,10 +93,7 @@ class FSDP:
     def step(self, lr: float, clip: float) -> float:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = total_norm(grads)
-        if clip and norm > clip:
-            for grad in grads:
-                _local(grad).mul_(clip / (norm + 1e-6))
-        update(self.optimizer, lr, norm)
+        update(self.optimizer, lr, norm, clip)
         return norm
 
     def save(self) -> dict[str, Any]:
@@ -166,21 +161,3 @@ def _apart(ranks: int, p: nn.Parameter) -> Shard | None:
             f"they can do so evenly only; take a model.dim that {ranks} divides, or other degrees of the mesh"
         )
     return None if even else Shard(fits[0])
-
-
-def total_norm(grads: Sequence[Tensor]) -> float:
-    """The 2-norm of all gradients together; of a DTensor each rank has only its shard."""
-    squares: dict[tuple[DeviceMesh | None, tuple[Placement, ...]], Tensor] = {}
-    for grad in grads:
-        key = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else (None, ())
-        square = _local(grad).to(torch.promote_types(grad.dtype, torch.float32)).square().sum()
-        squares[key] = squares[key] + square if key in squares else square
-    for (mesh, placements), square in squares.items():
-        for axis, placement in enumerate(placements):
-            if mesh is not None and not placement.is_replicate():
-                dist.all_reduce(square, group=mesh.get_group(axis))
-    return float(sum(float(x) for x in squares.values()) ** 0.5)
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x

@@ -63,11 +63,7 @@ class Megatron:
 
     def step(self, lr: float, clip: float) -> float:
         norm = self._norm()
-        if clip and norm > clip:
-            for p in self.model.parameters():
-                if p.grad is not None:
-                    p.grad.mul_(clip / (norm + 1e-6))
-        update(self.optimizer, lr, norm)
+        update(self.optimizer, lr, norm, clip)
         return norm
 
     def save(self) -> dict[str, Any]:
@@ -150,6 +146,10 @@ def _whole_gradient(x: Tensor) -> Tensor:
 def refuse(model: GPT, tp: int) -> None:
     """ValueError for what megatron-core's layers cannot be."""
     check(model, tp)
+    if model.embed.weight.dtype != torch.float32:
+        raise ValueError(
+            "memory.weights is bfloat16; with engine=megatron it must be float32: take engine=fsdp"
+        )
     if model.bias == "qkvo":
         raise ValueError("model.bias is qkvo; with engine=megatron it can be none or qkv: take engine=fsdp")
     changed = [name for name, module in model.named_modules() if "forward" in vars(module)]

@@ -17,6 +17,7 @@ from ...models.block import Attend
 from ...models.gpt import GPT, Block
 from ...models.rope import rotate
 from ..integrations import needs_extra
+from .tensor_parallel import rows_of
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,7 @@ class Names:
 
 def _rows(vocab: int, tp: DeviceMesh) -> int:
     """Rows of a vocabulary that this rank holds: the last rank's last ones may fill up only."""
-    each = -(-vocab // tp.size())
-    return min(each, vocab - tp.get_local_rank() * each)
+    return rows_of(vocab, tp.size(), tp.get_local_rank())[1]
 
 
 def _whole(own: Tensor, dim: int, tp: DeviceMesh, size: int) -> Tensor:

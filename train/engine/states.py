@@ -1,25 +1,54 @@
 """An update, and the state of model and optimizer by parameter name: the same names under every engine."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float, norm: float) -> None:
-    """A step of the optimizer, unless the norm of the gradients is not finite; clears them."""
+def update(optimizer: torch.optim.Optimizer, lr: float, norm: float, clip: float = 0.0) -> None:
+    """A step of the optimizer, with gradients scaled down to the norm `clip` if theirs, `norm`, is greater
+    (0: never), unless it is not finite; clears them.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
+        for p in group["params"] if clip and norm > clip else ():
+            if p.grad is not None:
+                local(p.grad).mul_(clip / (norm + 1e-6))
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
+
+
+def total_norm(grads: Sequence[Tensor]) -> float:
+    """The 2-norm of all gradients together, in float32 at least; of a DTensor each rank has its shard."""
+    squares: dict[tuple[DeviceMesh | None, tuple[Placement, ...]], Tensor] = {}
+    for grad in grads:
+        key = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else (None, ())
+        square = local(grad).to(torch.promote_types(grad.dtype, torch.float32)).square().sum()
+        squares[key] = squares[key] + square if key in squares else square
+    for (mesh, placements), square in squares.items():
+        for axis, placement in enumerate(placements):
+            if mesh is not None and not placement.is_replicate():
+                dist.all_reduce(square, group=mesh.get_group(axis))
+    return float(sum(float(x) for x in squares.values()) ** 0.5)
+
+
+def local(x: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def saved_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
