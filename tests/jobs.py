@@ -33,6 +33,7 @@ from longspan.train.preempt import Preempt
 from longspan.train.progress import Progress
 from longspan.train.record import Record
 from longspan.train.run import train
+from world import Worlds
 
 Row = dict[str, float]
 Once = Callable[..., list["Ran"]]  # (size, *overrides) -> the run of that config on so many ranks, by rank
@@ -113,6 +114,17 @@ def run(rank: int, cfg: DictConfig, folder: Path, stop: int | None = None) -> Ra
         record = Kept(rank, stop)
         Loop(job, record, checkpoints, preempt, resume(job, checkpoints, cfg.resume)).run()
         return Ran(record.rows, taken, probe(job))
+
+
+def gone_on(
+    world: Worlds, folder: Path, before: tuple[int, DictConfig], after: tuple[int, DictConfig]
+) -> list[Ran]:
+    """The run of the second config on so many ranks, from where the first was stopped: after half the
+    steps.
+    """
+    (size, cfg), (then, other) = before, after
+    world(size)(run, cfg, folder, STEPS // 2)
+    return world(then)(run, other, folder)
 
 
 def content(batch: Tokens, row: int) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import STEPS, Once, assert_same, config, ring, run
+from jobs import STEPS, Once, assert_same, config, gone_on, ring
 from world import Worlds
 
 SHARDED = ("engine=fsdp",)
@@ -44,6 +44,5 @@ def test_a_checkpoint_goes_on_under_another_engine(
     world: Worlds, once: Once, data_cache: str, tmp_path: Path,
     before: tuple[int, tuple[str, ...]], after: tuple[int, tuple[str, ...]],
 ) -> None:  # fmt: skip
-    for (size, overrides), stop in ((before, STEPS // 2), (after, None)):
-        ran = world(size)(run, config(data_cache, *overrides), tmp_path / "checkpoints", stop)
+    ran = gone_on(world, tmp_path / "checkpoints", *((n, config(data_cache, *o)) for n, o in (before, after)))
     assert_same(ran, once(1, "parallel=single", "data.pack=true"), since=STEPS // 2)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks.memory import dry
-from jobs import STEPS, Once, assert_same, config, launch_of, ring, run
+from jobs import STEPS, Once, assert_same, config, gone_on, launch_of, ring
 from longspan.kernels.loss import Rows, likeliest, linear_cross_entropy, token_losses
 from longspan.kernels.mask import Unsupported
 from longspan.launch.dryrun import estimate
@@ -57,8 +57,7 @@ def test_a_checkpoint_goes_on_with_other_ranks(
     world: Worlds, once: Once, data_cache: str, tmp_path: Path,
     before: tuple[int, tuple[str, ...]], after: tuple[int, tuple[str, ...]],
 ) -> None:  # fmt: skip
-    for (size, overrides), stop in ((before, STEPS // 2), (after, None)):
-        ran = world(size)(run, config(data_cache, *overrides), tmp_path / "checkpoints", stop)
+    ran = gone_on(world, tmp_path / "checkpoints", *((n, config(data_cache, *o)) for n, o in (before, after)))
     assert_same(ran, once(1, "parallel=single", "data.pack=true"), since=STEPS // 2)
 
 
