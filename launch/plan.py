@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +83,17 @@ def plan(cfg: DictConfig, words: Sequence[str], measure: Measure | None = None) 
     args = made_plan.job, made_plan.found, made_plan.on, made_plan.given, made_plan.nodes
     plan_report.show(*args, console)
     room = made_plan.on.card.memory_gib - cfg.reserve_gib
-    points = []
+    lengths: list[plan_figure.Point] = []
+    counts: list[plan_figure.Point] = []
     if cfg.json is not None or cfg.figure is not None:
-        points = plan_figure.curves(
-            made_plan.job, made_plan.ways, made_plan.on, room, made_plan.found.learned
-        )
+        job, on, learned = made_plan.job, made_plan.on, made_plan.found.learned
+        lengths = plan_figure.curves(job, made_plan.ways, on, room, learned)
+        counts = plan_figure.over_gpus(job, partial(candidates, cfg, job), cfg.gpus, on, room, learned)
     if cfg.json is not None:
-        kept = plan_report.content(*args, [asdict(p) for p in points])
-        Path(cfg.json).write_text(json.dumps(kept, indent=1) + "\n")
-    if cfg.figure is not None and points:
-        _draw(made_plan, points, cfg)
+        curves = {"lengths": [asdict(p) for p in lengths], "gpus": [asdict(p) for p in counts]}
+        Path(cfg.json).write_text(json.dumps(plan_report.content(*args, curves), indent=1) + "\n")
+    if cfg.figure is not None and lengths and counts:
+        _draw(made_plan, lengths, counts, cfg)
     if not made_plan.found.best:
         raise ValueError(
             f"nothing that was tried fits {cfg.gpus} x {made_plan.on.card.name}: see above by how much; take "
@@ -150,7 +152,9 @@ def job_words(words: Sequence[str]) -> list[str]:
     return kept
 
 
-def _draw(made_plan: Plan, points: list[plan_figure.Point], cfg: DictConfig) -> None:
+def _draw(
+    made_plan: Plan, lengths: list[plan_figure.Point], counts: list[plan_figure.Point], cfg: DictConfig
+) -> None:
     job, on = made_plan.job, made_plan.on
     bars = []
     for name, v in by_layout(job, made_plan.found).items():
@@ -158,7 +162,7 @@ def _draw(made_plan: Plan, points: list[plan_figure.Point], cfg: DictConfig) -> 
         degrees = " ".join(f"{n}={d}" for n, d in v.way.degrees.items() if d > 1)
         bars.append((f"{name} {degrees}\nmemory={v.way.memory}, {note}", v))
     title = f"{cfg.experiment_name} on {cfg.gpus} x {on.card.name}: predicted"
-    plan_figure.draw(points, bars, job, Path(cfg.figure), title)
+    plan_figure.draw(lengths, counts, bars, job, Path(cfg.figure), title)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""Cost against sequence length for each layout, and what a step is made of at the job's own length."""
+"""Cost of each layout against sequence length and against devices, and what a step of the job is made of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,40 +21,68 @@ INK, FAINT = "#222222", "#666666"
 
 @dataclass(frozen=True)
 class Point:
-    """A layout's cheapest way at a length, by the closed form: device-seconds of a million tokens."""
+    """A layout's cheapest way at a length on so many devices, by the closed form: device-seconds of a million
+    tokens.
+    """
 
     layout: str
     tokens: int
+    gpus: int
     seconds: float
     way: str
+
+
+Ways = Callable[[int, int], Iterable[Candidate]]
 
 
 def curves(
     job: Shape, ways: Sequence[Candidate], on: Machine, room_gib: float, learned: Learned
 ) -> list[Point]:
     """From a sixteenth of the job's length to twice it; none where no way of a layout is likely to fit."""
+    lengths = [n for eighth in (1, 2, 4, 8, 16, 32) if (n := job.tokens * eighth // 16)]
+    return [p for n in lengths for p in _cheapest(replace(job, tokens=n), ways, on, room_gib, learned)]
+
+
+def over_gpus(
+    job: Shape, ways: Ways, gpus: int, on: Machine, room_gib: float, learned: Learned
+) -> list[Point]:
+    """On an eighth of the job's devices to four times as many. ways: of a number of devices, so many a
+    machine.
+    """
+    counts = [n for eighth in (1, 2, 4, 8, 16, 32) if (n := gpus * eighth // 8)]
     found = []
-    for eighth in (1, 2, 4, 8, 16, 32):
-        length = job.tokens * eighth // 16
-        here = replace(job, tokens=length)
-        best: dict[str, Verdict] = {}
-        for way in ways if length else ():
-            if way.split > length or sum(learned.likely(here, way).values()) > room_gib * GIB:
-                continue
-            verdict = guessed(here, placed(here, way), on)
-            old = best.get(way.layout)
-            if verdict.lost is None and (old is None or verdict.per_token(here) < old.per_token(here)):
-                best[way.layout] = verdict
-        for layout, v in best.items():
-            seconds = 1e6 * v.per_token(here) * v.way.world
-            found.append(Point(layout, length, seconds, str(v.way)))
+    for count in counts:
+        node = min(on.node, count)
+        if count % node == 0:
+            there = replace(on, node=node)
+            found += _cheapest(job, ways(count, node), there, room_gib, learned)
     return found
 
 
+def _cheapest(
+    job: Shape, ways: Iterable[Candidate], on: Machine, room_gib: float, learned: Learned
+) -> list[Point]:
+    best: dict[str, Verdict] = {}
+    for way in ways:
+        if way.split > job.tokens or sum(learned.likely(job, way).values()) > room_gib * GIB:
+            continue
+        verdict = guessed(job, placed(job, way), on)
+        old = best.get(way.layout)
+        if verdict.lost is None and (old is None or verdict.per_token(job) < old.per_token(job)):
+            best[way.layout] = verdict
+    return [
+        Point(layout, job.tokens, v.way.world, 1e6 * v.per_token(job) * v.way.world, str(v.way))
+        for layout, v in best.items()
+    ]
+
+
 def draw(
-    points: Sequence[Point], bars: Sequence[tuple[str, Verdict]], job: Shape, path: Path, title: str
-) -> None:
-    """Writes the figure. bars: what each is called, and whose step it is."""
+    lengths: Sequence[Point], counts: Sequence[Point], bars: Sequence[tuple[str, Verdict]], job: Shape,
+    path: Path, title: str,
+) -> None:  # fmt: skip
+    """Writes the figure. lengths: of `curves`; counts: of `over_gpus`; bars: what each is called, and whose
+    step it is.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -63,37 +91,45 @@ def draw(
     settings: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     settings |= {"text.color": INK, "axes.labelcolor": INK, "xtick.color": FAINT, "ytick.color": FAINT}
     with matplotlib.rc_context(settings):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
-        _lines(left, points, job)
-        _bars(right, bars, job)
+        figure = pyplot.figure(figsize=(13, 9), layout="constrained")
+        parts = figure.subplot_mosaic([["lengths", "counts"], ["bars", "bars"]], height_ratios=(5, 4))
+        _lines(
+            parts["lengths"], {p.tokens: _tokens(p.tokens) for p in lengths}, [(p.tokens, p) for p in lengths]
+        )
+        _lines(parts["counts"], {p.gpus: str(p.gpus) for p in counts}, [(p.gpus, p) for p in counts])
+        parts["lengths"].axvline(job.tokens, color=FAINT, linewidth=0.8, linestyle=":")
+        parts["lengths"].set_xlabel("tokens of a sequence (dotted: this job's)")
+        parts["counts"].set_xlabel(f"devices, for sequences of {_tokens(job.tokens)} tokens")
+        parts["lengths"].set_title(
+            "cost against the cheapest layout; a line ends where it cannot fit", loc="left", fontsize=10
+        )
+        parts["counts"].set_title("under the axes: device-seconds of the cheapest", loc="left", fontsize=10)
+        shown = {line.get_label(): line for name in ("counts", "lengths") for line in _layouts(parts[name])}
+        parts["lengths"].legend(handles=list(shown.values()), frameon=False, fontsize=9, ncols=2)
+        _bars(parts["bars"], bars, job)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         figure.savefig(path, dpi=110)
         pyplot.close(figure)
 
 
-def _lines(axis: Any, points: Sequence[Point], job: Shape) -> None:
-    """Times the cheapest at each length: the layouts differ by less than a length costs more than another."""
-    least = {n: min(p.seconds for p in points if p.tokens == n) for n in sorted({p.tokens for p in points})}
-    names = [name for name in LAYOUTS if any(p.layout == name for p in points)]
-    for name in names:
-        own = sorted((p for p in points if p.layout == name), key=lambda p: p.tokens)
-        rates = [min(p.seconds / least[p.tokens], MOST) for p in own]
-        colour, mark = COLOURS[LAYOUTS.index(name)], MARKS[LAYOUTS.index(name)]
-        axis.plot(
-            [p.tokens for p in own], rates, mark + "-", color=colour, label=name, markersize=6, alpha=0.9
-        )
+def _lines(axis: Any, ticks: dict[int, str], points: Sequence[tuple[int, Point]]) -> None:
+    """Times the cheapest at each place: the layouts differ by less than one place costs more than another."""
+    least = {x: min(p.seconds for at, p in points if at == x) for x in sorted(ticks)}
+    for number, name in enumerate(LAYOUTS):
+        own = sorted((x, min(p.seconds / least[x], MOST)) for x, p in points if p.layout == name)
+        if own:
+            look = {"color": COLOURS[number], "marker": MARKS[number], "markersize": 6, "alpha": 0.9}
+            axis.plot([x for x, _ in own], [rate for _, rate in own], label=name, **look)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(list(least), [f"{_tokens(n)}\n{s:,.0f}" for n, s in least.items()])
+    axis.set_xticks(list(least), [f"{ticks[x]}\n{seconds:,.0f} s" for x, seconds in least.items()])
     axis.minorticks_off()
-    above = max(0.02, *(min(p.seconds / least[p.tokens], MOST) - 1 for p in points))
+    above = max(0.02, *(min(p.seconds / least[x], MOST) - 1 for x, p in points))
     axis.set_ylim(1 - 0.06 * above, 1 + 1.06 * above)
-    axis.axvline(job.tokens, color=FAINT, linewidth=0.8, linestyle=":")
-    axis.set_xlabel("tokens of a sequence, and below it device-seconds of the cheapest; dotted: this job's")
-    axis.set_title(
-        "cost against the cheapest layout; a line ends where it cannot fit", loc="left", fontsize=10
-    )
-    axis.legend(frameon=False, fontsize=9, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     axis.grid(alpha=0.25)
+
+
+def _layouts(axis: Any) -> list[Any]:
+    return [line for line in axis.lines if line.get_label() in LAYOUTS]
 
 
 def _bars(axis: Any, bars: Sequence[tuple[str, Verdict]], job: Shape) -> None:
@@ -108,7 +144,7 @@ def _bars(axis: Any, bars: Sequence[tuple[str, Verdict]], job: Shape) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("device-seconds of a million tokens")
     axis.set_title(f"what they are spent on at {_tokens(job.tokens)} tokens", loc="left", fontsize=10)
-    axis.legend(frameon=False, fontsize=8.5, ncols=3, loc="upper left", bbox_to_anchor=(-0.3, -0.13))
+    axis.legend(frameon=False, fontsize=9, loc="lower right")
     axis.grid(axis="x", alpha=0.25)
     axis.set_axisbelow(True)
 

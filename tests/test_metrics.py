@@ -12,7 +12,7 @@ from PIL import Image, ImageSequence
 from longspan.train.data.digits import Digits
 from longspan.train.data.moving_digits import MovingDigits
 from longspan.train.diffusion.classify import DigitClassifier, motion
-from longspan.train.diffusion.grids import GUTTER, by_class, save_gif, save_png, tiled
+from longspan.train.diffusion.grids import GUTTER, by_class, save_gif, save_mp4, save_png, tiled
 from longspan.train.diffusion.metrics import Features, Gaussian, Squares, frechet, nearest, pixels
 from longspan.train.diffusion.ruler import Ruler, Sampled
 
@@ -179,5 +179,15 @@ def test_pictures_are_written(tmp_path: Path) -> None:
         frames = [frame.info["duration"] for frame in ImageSequence.all_frames(image)]
         assert frames == [250, 500, 250] and image.info["loop"] == 0
         assert image.size == tiled(clips, columns=3).shape[2:0:-1]
+    av = pytest.importorskip("av")
+    grey = clips[:, :1]
+    with av.open(save_mp4(grey, tmp_path / "c.mp4", columns=3, frame_s=0.25)) as film:
+        shown = [frame.to_ndarray(format="rgb24").astype(int) for frame in film.decode(video=0)]
+        assert film.streams.video[0].average_rate == 4 and len(shown) == 4
+    pages = tiled(grey, columns=3).astype(int)
+    for frame, page in zip(shown, pages, strict=True):
+        assert np.abs(frame[: page.shape[0], : page.shape[1]] - page).mean() < 6
+    with pytest.raises(ValueError, match="frame_s is 0.0;"):
+        save_mp4(clips, tmp_path / "d.mp4", columns=1, frame_s=0.0)
     with pytest.raises(ValueError, match="frame_s is 0.001"):
         save_gif(clips, tmp_path / "d.gif", columns=1, frame_s=0.001)

@@ -188,7 +188,9 @@ def test_what_fits_one_device_is_not_split(tmp_path: Path, capsys: pytest.Captur
     assert "do not split the sequence" in said and kept["advice"].startswith("do not split")
     assert "torchrun --nproc-per-node 2 -m longspan.train experiment=tiny data=mock" in said
     assert "parallel=single" in kept["best"][0]["overrides"] and "gpus=2" not in kept["best"][0]["command"]
-    assert kept["curves"] and (tmp_path / "plan.png").stat().st_size > 10_000
+    assert {p["gpus"] for p in kept["curves"]["gpus"]} == {1, 2, 4, 8}
+    assert {p["tokens"] for p in kept["curves"]["lengths"]} == {16, 32, 64, 128, 256, 512}
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
 def test_a_long_one_is_split_and_the_others_have_reasons() -> None:

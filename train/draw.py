@@ -15,7 +15,7 @@ from .diffusion.samplers import Sampler
 from .drawing import check_sampling, denoise_of, draw
 from .entry import entry, guarded
 from .job import Launch, build, processes
-from .judge_clips import ClipJudge, grids, on_first
+from .judge_clips import ClipJudge, check_video, films_of, grids, on_first
 from .progress import Progress
 from .trained import config_of, load_weights
 
@@ -34,6 +34,7 @@ class Drawing:
     sampler: Any = None
     steps: int | None = None
     size: list[int] | None = None
+    video: str = "gif"
     parallel: Any = None
 
 
@@ -51,6 +52,8 @@ def samples(cfg: DictConfig, launch: Launch) -> int:
     config = config_of(folder, parallel=cfg.parallel)
     if cfg.count < 1:
         raise ValueError(f"count is {cfg.count}; it must be at least 1")
+    check_video("video", cfg.video)
+    films_of(cfg.video)
     with processes(launch, cfg.device, cfg.timeout_s) as device, Progress(rank=launch.rank) as shown:
         job = build(config, launch, device)
         judge = job.objective.judge()
@@ -66,7 +69,7 @@ def samples(cfg: DictConfig, launch: Launch) -> int:
         found = draw(job, sampler, cfg.count, cfg.guidance, list(cfg.labels), cfg.size)
 
         def tell() -> None:
-            pictures = grids(found, folder, f"drawn-{step}-{cfg.guidance:g}")
+            pictures = grids(found, folder, f"drawn-{step}-{cfg.guidance:g}", cfg.video)
             values = Ruler(job.data, judge.features).measure(found) if cfg.count > 1 else {}
             rows = {"run": f"{folder}, step {step}", "pictures": ", ".join(map(str, pictures.values()))}
             shown.summary(rows | {name: f"{value:.3f}" for name, value in values.items()})

@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch.distributed as dist
 
 from .data.clip import missing
-from .diffusion.grids import by_class, save_gif, save_png
+from .diffusion.grids import by_class, save_gif, save_mp4, save_png
 from .diffusion.metrics import Features
 from .diffusion.ruler import Ruler, Sampled
 from .diffusion.samplers import Euler, Sampler
@@ -23,6 +23,7 @@ from .pictures import loss_curve
 from .track import Metrics
 
 Made = TypeVar("Made")
+Video = Literal["gif", "mp4"]
 COLUMNS = 10
 
 
@@ -30,12 +31,13 @@ class ClipJudge:
     """sampler: how samples are made. guidance: of classifier-free guidance, each measured by itself. samples:
     at the end; preview: at each evaluation while it trains, with the same noise every time; 0 makes none.
     features: of clips for the Frechet distance: their pixels, if they are few, or an object that is called
-    with clips [n, C, F, H, W], such as `diffusion.metrics.Squares`.
+    with clips [n, C, F, H, W], such as `diffusion.metrics.Squares`. video: what clips that move are written
+    as, beside a grid of their frames.
     """
 
     def __init__(
         self, *, sampler: Sampler | None = None, guidance: Sequence[float] = (1.0,), samples: int = 100,
-        preview: int = 0, features: Literal["pixels"] | Features = "pixels",
+        preview: int = 0, features: Literal["pixels"] | Features = "pixels", video: Video = "gif",
     ) -> None:  # fmt: skip
         if samples < 0 or preview < 0:
             raise ValueError(
@@ -48,6 +50,8 @@ class ClipJudge:
             )
         if features != "pixels" and not callable(features):
             raise ValueError(f"objective.judge.features is {features!r}; it can be pixels, or a _target_")
+        check_video("objective.judge.video", video)
+        self.video = video
         self.sampler, self.guidance = sampler or Euler(), tuple(guidance)
         self.samples, self.preview, self.features = samples, preview, features
 
@@ -60,6 +64,7 @@ class ClipJudge:
                 check_sampling(objective, self.sampler, guidance)
             if find_spec("PIL") is None:
                 raise missing("pillow", "a picture of samples")
+            films_of(self.video)
 
     def held_out(self, job: Job, samples: int) -> dict[str, float]:
         with autocast(job):
@@ -80,7 +85,7 @@ class ClipJudge:
 
         def save() -> dict[str, Path]:
             (folder / "samples").mkdir(exist_ok=True)
-            return grids(found, folder / "samples", f"step-{step:08d}")
+            return grids(found, folder / "samples", f"step-{step:08d}", self.video)
 
         return on_first(job, save) or {}
 
@@ -101,7 +106,7 @@ class ClipJudge:
         ruler = on_first(job, lambda: Ruler(job.data, self.features)) if wanted else None
         for guidance in wanted:
             found = draw(job, self.sampler, self.samples, guidance)
-            made = on_first(job, lambda found=found: _measured(ruler, found, folder))  # type: ignore[misc]
+            made = on_first(job, lambda found=found: self._measured(ruler, found, folder))  # type: ignore[misc]
             if made is not None:
                 measured[f"{guidance:g}"] = made[0]
                 for name, path in made[1].items():
@@ -111,6 +116,13 @@ class ClipJudge:
             summary |= {"samples": measured} | ({"real": real} if real else {})
         on_first(job, lambda: _curve(loop, folder))
         return summary
+
+    def _measured(
+        self, ruler: Ruler | None, found: Sampled, folder: Path
+    ) -> tuple[dict[str, float], dict[str, Path]]:
+        """Rank 0: measures and pictures of samples."""
+        assert ruler is not None
+        return ruler.measure(found), grids(found, folder, f"samples-{found.guidance:g}", self.video)
 
     def headline(self, summary: Mapping[str, Any], folder: Path) -> dict[str, str]:
         rows = (
@@ -128,14 +140,20 @@ def on_first(job: Job, work: Callable[[], Made]) -> Made | None:
     return job.ranks.together(lambda: work() if dist.get_rank() == 0 else None)
 
 
-def _measured(ruler: Ruler | None, found: Sampled, folder: Path) -> tuple[dict[str, float], dict[str, Path]]:
-    """Rank 0: measures and pictures of samples."""
-    assert ruler is not None
-    return ruler.measure(found), grids(found, folder, f"samples-{found.guidance:g}")
+def check_video(setting: str, video: str) -> None:
+    """ValueError for what no video can be written as."""
+    if video not in get_args(Video):
+        raise ValueError(f"{setting} is {video!r}; it can be {', '.join(get_args(Video))}")
 
 
-def grids(found: Sampled, folder: Path, name: str) -> dict[str, Path]:
-    """Samples as a grid, a class after the other, and videos as a GIF too."""
+def films_of(video: Video) -> None:
+    """ModuleNotFoundError where such a file cannot be written."""
+    if video == "mp4" and find_spec("av") is None:
+        raise missing("av", "an MP4 of samples", extra="video")
+
+
+def grids(found: Sampled, folder: Path, name: str, video: Video = "gif") -> dict[str, Path]:
+    """Samples as a grid, a class after the other, and videos as a GIF or an MP4 too."""
     # as many of each class, in rows
     each = max(1, COLUMNS * COLUMNS // len(set(found.labels)))
     seen: Counter[int] = Counter()
@@ -146,7 +164,8 @@ def grids(found: Sampled, folder: Path, name: str) -> dict[str, Path]:
     clips = found.clips[order]
     made = {name: save_png(clips, folder / f"{name}.png", columns=COLUMNS if clips.shape[2] == 1 else 2)}
     if clips.shape[2] > 1:
-        made[f"{name}-video"] = save_gif(clips, folder / f"{name}.gif", columns=COLUMNS)
+        film = save_gif if video == "gif" else save_mp4
+        made[f"{name}-video"] = film(clips, folder / f"{name}.{video}", columns=COLUMNS)
     return made
 
 

@@ -225,7 +225,8 @@ class Wandb:
         def show(run: "Run") -> None:
             import wandb
 
-            run.log({name: wandb.Image(str(path))}, step=step)
+            kind = wandb.Video if path.suffix == ".mp4" else wandb.Image
+            run.log({name: kind(str(path))}, step=step)
 
         self._put(show)
 

@@ -97,6 +97,6 @@ class Clips(Protocol):
         ...
 
 
-def missing(package: str, what: str) -> ModuleNotFoundError:
-    """The error for a package of the extra `images` that is not installed."""
-    return ModuleNotFoundError(f"{what} needs {package}: pip install longspan[images]")
+def missing(package: str, what: str, *, extra: str = "images") -> ModuleNotFoundError:
+    """The error for a package of an extra that is not installed."""
+    return ModuleNotFoundError(f"{what} needs {package}: pip install longspan[{extra}]")

@@ -1,11 +1,15 @@
-"""Pictures of samples: grids with gutters, as PNG, and as GIF where they move."""
+"""Pictures of samples: grids with gutters, as PNG, and as GIF or MP4 where they move."""
 
 from collections.abc import Sequence
+from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from ..data.clip import missing
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
@@ -76,6 +80,36 @@ def save_gif(
     first.save(
         path, format="GIF", save_all=True, append_images=rest, loop=0, duration=round(1000 * frame_s)
     )  # fmt: skip
+    return path
+
+
+def save_mp4(
+    clips: Array, path: Path, *, columns: int, scale: int = 0, gutter: int = 4, frame_s: float = 0.2
+) -> Path:
+    """The grid as H.264 in MP4, `frame_s` seconds a frame, a gutter wider where a side is odd.
+
+    Raises:
+        ValueError: A setting is out of its range.
+        ModuleNotFoundError: PyAV is not installed.
+    """
+    if not 0.001 <= frame_s <= 60:
+        raise ValueError(f"frame_s is {frame_s}; a frame of a film can last 0.001 to 60 s")
+    if find_spec("av") is None:
+        raise missing("av", "an MP4 of samples", extra="video")
+    import av
+
+    pages = tiled(clips, columns=columns, scale=scale, gutter=gutter)
+    # colours are kept for each 2 x 2 pixels
+    frames, high, wide = pages.shape[:3]
+    even = np.empty((frames, high + high % 2, wide + wide % 2, 3), np.uint8)
+    even[:] = GUTTER
+    even[:, :high, :wide] = pages
+    with av.open(str(path), "w", format="mp4") as film:
+        stream = film.add_stream("libx264", Fraction(1000, round(1000 * frame_s)), {"crf": "14"})
+        stream.height, stream.width, stream.pix_fmt = *even.shape[1:3], "yuv420p"
+        for page in even:
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(page, format="rgb24")))
+        film.mux(stream.encode())
     return path
 
 
