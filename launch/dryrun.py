@@ -27,6 +27,7 @@ from ..kernels.concrete import concrete
 from ..train.agree import Ranks
 from ..train.config import Root, made, typed
 from ..train.engine.deepspeed import DeepSpeed
+from ..train.engine.fsdp import FSDP
 from ..train.engine.megatron import Megatron
 from ..train.engine.tensor_parallel import rows_of
 from ..train.entry import entry, guarded
@@ -54,8 +55,8 @@ class Dry(Root):
 
 @dataclass(frozen=True)
 class Estimate:
-    """One step of one rank. peak: bytes on the device when they are most, by what they are; host: the most
-    bytes of activations in host memory.
+    """One step of one rank. peak: bytes on the device when they are most, by what they are; resting: bytes
+    in host memory when they are most there, by what they are.
     """
 
     world: int
@@ -64,13 +65,17 @@ class Estimate:
     tokens: int
     flops: float
     peak: dict[str, int]
-    host: int
+    resting: dict[str, int]
     sent: list[Moved]
     mesh: dict[str, int]
 
     @property
     def total(self) -> int:
         return sum(self.peak.values())
+
+    @property
+    def host(self) -> int:
+        return sum(self.resting.values())
 
 
 @hydra.main(version_base="1.3", config_path="pkg://longspan.conf", config_name="dryrun")
@@ -127,7 +132,8 @@ def dryrun(cfg: DictConfig) -> int:
         console.print("the data is made up (data=mock or mock_latents): no file was read")
     show(found, console)
     if cfg.json is not None:
-        Path(cfg.json).write_text(json.dumps(asdict(found) | {"total": found.total}, indent=1) + "\n")
+        sums = {"total": found.total, "host": found.host}
+        Path(cfg.json).write_text(json.dumps(asdict(found) | sums, indent=1) + "\n")
     if cfg.memory_gib is not None and found.total > cfg.memory_gib * GIB:
         most = max(found.peak, key=lambda name: found.peak[name])
         raise ValueError(
@@ -165,8 +171,9 @@ def estimate(cfg: DictConfig, *, flops: bool = True) -> Estimate:
             ledger = Ledger(logits, node)
             with ledger, _gathered(ledger):
                 with ledger.during("engine buffers"):
-                    job = assembled(cfg, launch, device, _alone_ranks(), mesh, layout, data)
-                ledger.name([*job.model.parameters(), *job.model.buffers()], "parameters")
+                    job = assembled(cfg, launch, device, _alone_ranks(), mesh, layout, data, whole=True)
+                ledger.name(job.model.parameters(), "parameters")
+                ledger.name(job.model.buffers(), "buffers")
                 return _stepped(job, ledger, shapes, flops)
 
 
@@ -177,6 +184,7 @@ def _stepped(job: Job, ledger: Ledger, shapes: FakeTensorMode, flops: bool) -> E
         for p in trained:
             p.grad = torch.zeros_like(p)
         job.engine.step(0.0, 0.0)
+    ledger.away |= set(_away(job))
     ledger.restart()
     for p in trained:
         p.register_post_accumulate_grad_hook(lambda p: ledger.name([p.grad], "gradients"))
@@ -198,10 +206,17 @@ def _stepped(job: Job, ledger: Ledger, shapes: FakeTensorMode, flops: bool) -> E
         parameters=sum(p.numel() for p in trained),
         tokens=sum(b.rows * b.length for b in batches) * job.dp,
         flops=job.objective.flops(batches) * job.dp if flops else 0.0,
-        peak={name: int(n) for name, n in ledger.peak.most_common() if n and name != HOST},
-        host=ledger.host,
+        peak={name: int(n) for name, n in ledger.peak.most_common() if n},
+        resting={name: int(n) for name, n in ledger.resting.most_common() if n},
         sent=ledger.moved(),
     )
+
+
+def _away(job: Job) -> tuple[str, ...]:
+    """What rests in host memory between its uses, besides activations."""
+    if isinstance(job.engine, FSDP) and job.engine.offload:
+        return "parameters", "gradients", "optimizer"
+    return ("optimizer",) if job.cfg.memory.get("optimizer") == "host" else ()
 
 
 @contextmanager
@@ -255,8 +270,8 @@ def show(found: Estimate, console: Console) -> None:
     for name, count in found.peak.items():
         memory.add_row(name, size(count), f"{count / found.total:.0%}")
     memory.add_row("together", size(found.total), "", style="bold")
-    if found.host:
-        memory.add_row("in host memory", size(found.host), "")
+    for name, count in found.resting.items():
+        memory.add_row(f"in host memory: {name}", size(count), "")
     console.print(memory)
     moved = Table(title="sent by this rank in a step", title_justify="left")
     for name in ("collective", "over", "ranks", "calls", "bytes"):

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# The category of what is not on the device.
-HOST = "host memory"
+# The category of activations that are not on the device.
+HOST = "offloaded activations"
 # What each collective is called, and the argument that says what this rank puts in.
 SENT = {
     "c10d::allreduce_": ("all-reduce", 0),
@@ -69,15 +69,17 @@ class Ledger(TorchDispatchMode):
     wide: the width by which logits are known, so that they are told from other activations; 0 knows none.
     node: ranks of a machine.
     Counts what goes through torch's dispatcher: neither workspaces inside an operator nor what a
-    communication library holds. peak: by category when the device held most; most: their sum, host memory
-    left out; host: the most that was there.
+    communication library holds. away: categories that rest in host memory. peak: by category when the
+    device held most; most: their sum; resting: by category when host memory held most; host: their sum.
     """
 
     def __init__(self, wide: int = 0, node: int = 8) -> None:
         super().__init__()
         self.wide, self.node = wide, node
+        self.away = {HOST}
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
+        self.resting: Counter[str] = Counter()
         self.most = 0
         self.host = 0
         self.phase = "activations"
@@ -157,11 +159,12 @@ class Ledger(TorchDispatchMode):
 
     def total(self) -> int:
         """Bytes on the device."""
-        return sum(self.now.values()) - self.now[HOST]
+        return sum(n for name, n in self.now.items() if name not in self.away)
 
     def restart(self) -> None:
         """Forgets the peak and what was sent; what is held stays."""
-        self.peak, self.most, self.host = Counter(self.now), self.total(), self.now[HOST]
+        self.most = self.host = -1
+        self._note()
         self._sent.clear()
         self._calls.clear()
 
@@ -186,10 +189,17 @@ class Ledger(TorchDispatchMode):
 
     def _add(self, category: str, size: int) -> None:
         self.now[category] += size
-        self.host = max(self.host, self.now[HOST])
+        self._note()
+
+    def _note(self) -> None:
+        """Remembers what is held if it is the most so far."""
         total = self.total()
         if total > self.most:
-            self.most, self.peak = total, Counter(self.now)
+            self.most = total
+            self.peak = Counter({name: n for name, n in self.now.items() if name not in self.away})
+        host = sum(self.now[name] for name in self.away)
+        if host > self.host:
+            self.host, self.resting = host, Counter({name: self.now[name] for name in self.away})
 
     def _freed(self, key: int) -> None:
         held = self._held.pop(key, None)

@@ -11,13 +11,11 @@ from omegaconf import DictConfig
 
 from ..train.config import typed
 from .dryrun import Dry, Estimate, estimate, stood_in
-from .ledger import Moved
+from .ledger import HOST, Moved
 from .plan_job import OFFLOADED, Candidate, Shape
 
 # From the first on, each further layer adds the same: the peak is in the backward of the same block.
 DEPTHS = 4, 5
-# What rests in host memory with an engine that offloads; a dry run on the CPU cannot tell one from the other.
-RESTING = ("parameters", "optimizer", "gradients")
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,8 @@ class Learned:
 def needed(given: Sequence[str], job: Shape, way: Candidate, node: int) -> Need:
     """By dry runs of jobs of few layers, from which all layers follow; of one that has no more, of itself."""
     if job.layers <= DEPTHS[1]:
-        return _need(_dry(given, way, node, None), way)
-    few, more = (_need(_dry(given, way, node, depth), way) for depth in DEPTHS)
+        return _need(_dry(given, way, node, None))
+    few, more = (_need(_dry(given, way, node, depth)) for depth in DEPTHS)
     times = (job.layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
 
     def along(a: int, b: int) -> int:
@@ -102,9 +100,7 @@ def needed(given: Sequence[str], job: Shape, way: Candidate, node: int) -> Need:
 
 
 def _dry(given: Sequence[str], way: Candidate, node: int, layers: int | None) -> Estimate:
-    # tensors without data cannot be pinned: `_need` says what would rest in host memory
-    own = [word for word in way.overrides() if word != "engine.offload=true"]
-    words = [*given, *own, f"world={way.world}", f"node={min(node, way.world)}"]
+    words = [*given, *way.overrides(), f"world={way.world}", f"node={min(node, way.world)}"]
     # of a machine the last rank's neighbour is on another one, which its ring waits for
     words.append(f"rank={min(node, way.world) - 1}")
     if layers is not None:
@@ -123,9 +119,5 @@ def dry_config(words: Sequence[str]) -> DictConfig:
         GlobalHydra.instance().hydra = before
 
 
-def _need(found: Estimate, way: Candidate) -> Need:
-    peak = dict(found.peak)
-    host = found.host
-    if way.engine.endswith(OFFLOADED):
-        host += sum(peak.pop(name, 0) for name in RESTING)
-    return Need(peak, host, found.host, tuple(found.sent))
+def _need(found: Estimate) -> Need:
+    return Need(found.peak, found.host, found.resting.get(HOST, 0), tuple(found.sent))

@@ -5,16 +5,20 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from string import Template
 
 from omegaconf import MISSING
 
+from ..train.config import SECRET
 from .requeue import SCRIPT
 
 TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d(:\d\d)?)?|UNLIMITED")
 # sbatch reads the script's first lines by rules of its own: nothing in them may need quotes
 PLAIN = re.compile(r"[\w./:,+&|*()\[\]@=%-]+")
+# name=value, --name=value and --name value
+GIVEN = re.compile(r"""(?<![\w-])(--[\w-]+|[A-Za-z_]\w*(?==))[= ]("[^"]*"|'[^']*'|[^\s;&|,]+)""")
 # what the batch script must decide by itself
 OURS = {
     "array", "job-name", "nodes", "ntasks", "ntasks-per-node", "requeue", "no-requeue", "signal", "output",
@@ -75,11 +79,20 @@ class Slurm:
         for option in self.options:
             if not option.startswith("--") or not PLAIN.fullmatch(option):
                 raise ValueError(f"slurm.options has {option!r}; each must be one word, such as --exclusive")
-            if (name := option[2:].split("=")[0]) in OURS:
-                raise ValueError(f"slurm.options has {option!r}, but longspan submit sets --{name} itself")
+            # sbatch takes any beginning of a name for it
+            given = option[2:].split("=")[0]
+            if ours := sorted(name for name in OURS if name.startswith(given)):
+                raise ValueError(f"slurm.options has {option!r}, but longspan submit sets --{ours[0]} itself")
         for line in self.setup:
             if "\n" in line:
                 raise ValueError(f"slurm.setup has {line!r}; give a list with one line of shell in each")
+        for key in ("setup", "options"):
+            for name in chain.from_iterable(map(in_the_clear, getattr(self, key))):
+                raise ValueError(
+                    f"slurm.{key} gives {name} a value that would stand in {SCRIPT} for all to read: export "
+                    f"{name} in the shell that submits, which sbatch hands on, or read it from a file "
+                    f"({name}=$(cat FILE))"
+                )
 
     def directives(self, name: str, folder: Path, jobs: int) -> list[str]:
         """The options of sbatch for a run folder, or for the `jobs` folders in one of a sweep."""
@@ -104,6 +117,15 @@ class Slurm:
             "signal": f"B:USR1@{self.grace_s}",
         }
         return [f"--{k}={v}" for k, v in given.items() if v is not None] + ["--requeue", *self.options]
+
+
+def in_the_clear(line: str) -> list[str]:
+    """The names in a line of shell that look like a secret's and get a value there that the line itself
+    holds.
+    """
+    given = [(name.lstrip("-").replace("-", "_"), value.strip("'\"")) for name, value in GIVEN.findall(line)]
+    plain = [(name, value) for name, value in given if value and not value.isdigit() and "$" not in value]
+    return [name for name, value in plain if SECRET.search(name) and "`" not in value]
 
 
 def _at_least(name: str, value: int | None, least: int) -> None:

@@ -18,7 +18,9 @@ from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from ..train.config import SECRET, ConfigError, Root, made, typed
@@ -85,12 +87,24 @@ def plan(configs: Sequence[DictConfig], now: datetime.datetime) -> Plan:
 
 
 def expanded(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """The overrides of each job: every combination of the values in `a=1,2 b=choice(3,4)`."""
+    """The overrides of each job: every combination of the values in `a=1,2 b=choice(3,4) c=glob(*)`. Raises
+    HydraException for a sweep that names no values, and for a glob unless Hydra is initialized.
+    """
     choices = []
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    there = GlobalHydra.instance()
+    parser = OverridesParser.create(there.config_loader() if there.is_initialized() else None)
+    for override in parser.parse_overrides(list(overrides)):
         if override.is_sweep_override():
             key = override.get_key_element()
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            try:
+                values = list(override.sweep_string_iterator())
+            except HydraException as error:
+                values, why = [], f": {error}"
+            else:
+                why = ", which fits none"
+            if not values:
+                raise HydraException(f"{override.input_line}{why}; a sweep lists values, such as {key}=a,b")
+            choices.append([f"{key}={value}" for value in values])
         else:
             choices.append([override.input_line or ""])
     return (list(job) for job in itertools.product(*choices))

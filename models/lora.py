@@ -26,7 +26,12 @@ class LoraLinear(nn.Linear):
         self.scale = alpha / rank
         self.a = nn.Parameter(self.weight.new_empty(rank, self.in_features))
         self.b = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
-        nn.init.kaiming_uniform_(self.a, a=5**0.5)
+        self.drawn(self.a)
+
+    @staticmethod
+    def drawn(a: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Fills `a`, or what stands for it, with first values."""
+        return nn.init.kaiming_uniform_(a, a=5**0.5, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + F.linear(F.linear(x, self.a), self.b) * self.scale

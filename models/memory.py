@@ -17,11 +17,12 @@ from .offload import Host
 from .tiled import by_head_groups, by_tiles
 
 Recompute = Literal["none", "block", "keep_attention"]
+Recipe = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Ways to hold less; none but `weights` changes what is computed.
+    """Ways to hold less and work faster; none but `weights` and `float8` changes what is computed.
 
     recompute: `block` keeps each block's input and computes the block again in the backward (Chen et al.
     2016); `keep_attention` does so but keeps attention's q, k, v, out and lse, so that the part of the work
@@ -30,7 +31,9 @@ class Memory:
     that an MLP takes at once, forward and in the backward, which computes it again (ALST: Bekman et al. 2025,
     section 3.1); 0 takes all. head_chunks: rounds in which attention takes its kv heads, each computed
     again in the backward; for models of `block.Attention`. weights: bfloat16 halves them and their gradients;
-    updates are made in float32 and rounded by chance.
+    updates are made in float32 and rounded by chance. optimizer: `host`: its state rests in host memory, and
+    comes to the device one weight at a time (engines that hold whole weights). float8: the recipe by which
+    linear layers of blocks multiply; true is tensorwise.
     """
 
     recompute: Recompute = "none"
@@ -39,6 +42,8 @@ class Memory:
     mlp_tile: int = 0
     head_chunks: int = 1
     weights: Literal["float32", "bfloat16"] = "float32"
+    optimizer: Literal["device", "host"] = "device"
+    float8: bool | Recipe = False
 
     def __post_init__(self) -> None:
         if self.recompute not in get_args(Recompute):
@@ -47,6 +52,17 @@ class Memory:
             )
         if self.weights not in ("float32", "bfloat16"):
             raise ValueError(f"memory.weights is {self.weights!r}; it can be float32 or bfloat16")
+        if self.optimizer not in ("device", "host"):
+            raise ValueError(f"memory.optimizer is {self.optimizer!r}; it can be device or host")
+        if self.float8 not in (False, True, *get_args(Recipe)):
+            raise ValueError(
+                f"memory.float8 is {self.float8!r}; it can be false, true, {', '.join(get_args(Recipe))}"
+            )
+        if self.float8 and self.head_chunks > 1:
+            raise ValueError(
+                f"memory.float8 is {self.float8}; memory.head_chunks={self.head_chunks} takes a few rows of "
+                "plain layers: set memory.head_chunks=1"
+            )
         for name, least in (("every", 0), ("mlp_tile", 0), ("head_chunks", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"memory.{name} is {getattr(self, name)}; it must be at least {least}")

@@ -18,18 +18,26 @@ class Traffic:
     """What this rank has sent since `reset`: bytes by receiving rank of the layout, and messages.
 
     A part of another layout counts into the whole's: `ranks[peer]` is the rank there of its own rank `peer`.
+    doing: what is waited for just now, in words, or nothing; after an error, what was.
     """
 
     whole: "Traffic | None" = None
     ranks: Sequence[int] = ()
     sent: Counter[int] = field(default_factory=Counter)
     messages: int = 0
+    doing: str = ""
 
     def add(self, peer: int, count: int) -> None:
         self.sent[peer] += count
         self.messages += 1
         if self.whole is not None:
             self.whole.add(self.ranks[peer], count)
+
+    def enter(self, doing: str) -> None:
+        """Says what is waited for."""
+        self.doing = doing
+        if self.whole is not None:
+            self.whole.enter(doing)
 
     def reset(self) -> None:
         self.sent.clear()
@@ -46,9 +54,14 @@ class Pending:
         works: Sequence[dist.Work] = (),
         tensors: Sequence[Tensor] = (),
         landings: Sequence[tuple[Tensor, Tensor]] = (),
+        traffic: Traffic | None = None,
+        doing: str = "",
     ) -> None:
-        """landings: (on the host, on the device), what must still be copied when it has arrived."""
+        """landings: (on the host, on the device), what must still be copied when it has arrived. doing: what
+        `traffic` is told while this is waited for.
+        """
         self._works, self._tensors, self._landings = works, tensors, landings
+        self._traffic, self._doing = traffic, doing
 
     def wait(self) -> None:
         """Returns when everything posted has been sent and received. RuntimeError after the timeout of the
@@ -56,8 +69,12 @@ class Pending:
 
         On NCCL the host does not wait: the current stream does, for the stream of the group.
         """
+        if self._traffic is not None:
+            self._traffic.enter(self._doing)
         for work in self._works:
             work.wait()
+        if self._traffic is not None:
+            self._traffic.enter("")
         for host, x in self._landings:
             x.copy_(host)
         self._works, self._tensors, self._landings = (), (), ()
@@ -104,7 +121,11 @@ def post(
                 landings.append((here, x))
             operations.append(dist.P2POp(dist.irecv, here, group=group, group_peer=peer))
             kept.append(here)
-    return Pending(dist.batch_isend_irecv(operations) if operations else [], kept, landings)
+    if not operations:
+        return Pending()
+    peers = sorted({op.group_peer for op in operations})
+    doing = f"sends and receives, ranks {peers} of a group of {dist.get_world_size(group)}"
+    return Pending(dist.batch_isend_irecv(operations), kept, landings, traffic, doing)
 
 
 def trade(
@@ -136,7 +157,9 @@ def exchange(
     rank, received = dist.get_rank(group), flat.new_empty(sum(sizes))
     indirect = staged(group, flat)
     into, given = (_on_host(received), _on_host(flat).copy_(flat)) if indirect else (received, flat)
+    traffic.enter(f"all-to-all of a group of {len(counts)}")
     dist.all_to_all_single(into, given, list(sizes), list(counts), group=group)
+    traffic.enter("")
     if indirect:
         received.copy_(into)
     for peer, count in enumerate(counts):

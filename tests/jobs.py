@@ -3,11 +3,14 @@ comparison.
 """
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -41,6 +44,14 @@ STEPS = 20  # of `experiment=tiny`
 COUNTED = ("step", "lr", "tokens", "valid")
 EXACT = (*COUNTED, "loss", "grad_norm")
 PROBES = 3  # held-out sequences whose losses are compared token by token
+THEIRS = ("DeepSpeed", "Megatron")
+# sparse masks that leave something out of 256 tokens
+S2 = ("mask=s2", "mask.left.block=16", "mask.left.local=4", "data.pack=false")
+STAR = (
+    "mask=star", "mask.left.block=64", "mask.left.anchor=64", "mask.left.context=128", "data.pack=false",
+)  # fmt: skip
+# else ZeRO 3 never takes small weights apart
+APART = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
 def config(*overrides: str) -> DictConfig:
@@ -61,7 +72,8 @@ class Taken:
 @dataclass(frozen=True)
 class Ran:
     """What one rank saw of a run: the values of each step, the sequences it took, and the losses (nats) of
-    held-out tokens after training, float32 [PROBES, context] in global order.
+    held-out tokens after training, by the average of weights if one is kept, float32 [PROBES, context] in
+    global order.
     """
 
     rows: list[Row]
@@ -94,8 +106,36 @@ def launch_of(rank: int) -> Launch:
     return Launch(rank, world, rank, max(world, cores), {})
 
 
+@contextmanager
+def joined(rank: int) -> Iterator[torch.device]:
+    """This rank's device, in a world where DeepSpeed finds what torchrun would say."""
+    with (
+        patch.dict(os.environ, LOCAL_RANK=str(rank)),
+        processes(launch_of(rank), "cpu", 60.0) as device,
+    ):
+        yield device
+
+
+@contextmanager
+def quiet(cfg: DictConfig) -> Iterator[None]:
+    """Engines of others call what torch and Python have newer names for: they may."""
+    with warnings.catch_warnings():
+        if cfg.engine._target_.endswith(THEIRS):
+            warnings.simplefilter("ignore")
+        yield
+
+
+def zero(stage: int, folder: Path, *overrides: str, **said: object) -> tuple[str, ...]:
+    """The overrides for a stage of DeepSpeed's ZeRO, with a JSON in `folder` that says this besides."""
+    path = folder / f"zero-{stage}.json"
+    path.write_text(json.dumps({**(APART if stage == 3 else {}), **said}))
+    return ("engine=deepspeed", f"engine.stage={stage}", f"engine.config={path}", *overrides)
+
+
 def run(rank: int, cfg: DictConfig, folder: Path, stop: int | None = None) -> Ran:
-    """The loop of a job with its checkpoints in `folder`, from the one that is there on."""
+    """The loop of a job with its checkpoints in `folder`, from the one that is there on, or from
+    `cfg.resume`.
+    """
     launch, taken = launch_of(rank), list[Taken]()
 
     def noted(objective: NextToken, data: Dataset, wanted: list[int], step: int) -> Tokens:
@@ -104,7 +144,8 @@ def run(rank: int, cfg: DictConfig, folder: Path, stop: int | None = None) -> Ra
         return batch
 
     with (
-        processes(launch, "cpu", 60.0) as device,
+        quiet(cfg),
+        joined(rank) as device,
         Preempt() as preempt,
         patch.object(NextToken, "load", noted),
         patch.object(loops, "peak_flops", lambda *_: (1e12, "not measured")),
@@ -113,17 +154,18 @@ def run(rank: int, cfg: DictConfig, folder: Path, stop: int | None = None) -> Ra
         checkpoints = Checkpoints(folder, asynchronous=cfg.checkpoint.asynchronous)
         record = Kept(rank, stop)
         Loop(job, record, checkpoints, preempt, resume(job, checkpoints, cfg.resume)).run()
-        return Ran(record.rows, taken, probe(job))
+        with job.averaged():
+            return Ran(record.rows, taken, probe(job))
 
 
 def gone_on(
     world: Worlds, folder: Path, before: tuple[int, DictConfig], after: tuple[int, DictConfig]
 ) -> list[Ran]:
-    """The run of the second config on so many ranks, from where the first was stopped: after half the
+    """The run of the second config on so many ranks, from where the first was stopped: after half its
     steps.
     """
     (size, cfg), (then, other) = before, after
-    world(size)(run, cfg, folder, STEPS // 2)
+    world(size)(run, cfg, folder, cfg.train.steps // 2)
     return world(then)(run, other, folder)
 
 
@@ -153,7 +195,21 @@ def whole(rank: int, cfg: DictConfig, strike: tuple[int, int, int] | None = None
     if strike is not None and rank == strike[1]:
         path = Path(cfg.run.dir) / "metrics.jsonl"
         Thread(target=strike_at, args=(path, strike[2], os.getpid(), strike[0]), daemon=True).start()
-    return train(cfg, launch_of(rank))
+    with patch.dict(os.environ, LOCAL_RANK=str(rank)):
+        return train(cfg, launch_of(rank))
+
+
+def refusal(rank: int, *cfgs: DictConfig) -> list[str]:
+    """What each of these jobs is refused with when it is built; nothing where it is not."""
+    said = []
+    for cfg in cfgs:
+        with joined(rank) as device:
+            try:
+                build(cfg, launch_of(rank), device)
+                said.append("")
+            except ValueError as error:
+                said.append(str(error))
+    return said
 
 
 def strike_at(path: Path, step: int, pid: int, number: int) -> None:

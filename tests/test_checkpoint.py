@@ -288,6 +288,45 @@ def test_a_full_disk_fails_the_save_and_nothing_else(small_disk: Path, asynchron
     assert checkpoints.steps() == [1, 9]
 
 
+def fill(disk: Path) -> None:
+    """Leaves one page, for `latest`."""
+    page = os.sysconf("SC_PAGESIZE")
+    with (disk / "ballast").open("ab", buffering=0) as ballast:
+        with contextlib.suppress(OSError):
+            while True:
+                ballast.write(bytes(page))
+        ballast.truncate(ballast.tell() - page)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_on_a_full_disk_the_oldest_that_is_not_permanent_makes_room(
+    small_disk: Path, asynchronous: bool
+) -> None:
+    told: list[str] = []
+    given = {"permanent": 2, "asynchronous": asynchronous, "warn": told.append}
+    checkpoints = Checkpoints(small_disk / "c", keep=3, **given)  # type: ignore[arg-type]
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    (small_disk / "c" / ".tmp-step-00000004-0a").mkdir()
+    (small_disk / "c" / ".tmp-step-00000004-0a" / "__0_0.distcp").write_bytes(bytes(100))
+    for step, left in ((4, [2, 3, 4]), (5, [2, 4, 5])):
+        fill(small_disk)
+        save(checkpoints, step)
+        assert checkpoints.steps() == left and loaded(small_disk / "c", make(1))[0] == bits(make(step))
+    gone = [(".tmp-step-00000004-0a", 4), ("step-00000001", 4), ("step-00000003", 5)]
+    assert told == [f"the disk is full: {name} was deleted for checkpoint {step}" for name, step in gone]
+    assert sorted(os.listdir(small_disk / "c")) == ["latest", *(f"step-0000000{i}" for i in (2, 4, 5))]
+
+
+def test_permanent_ones_stay_beside_the_last(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, permanent=4, asynchronous=False)
+    for step in range(1, 11):
+        checkpoints.save(step, make(step), {})
+    assert checkpoints.steps() == [4, 8, 9, 10]
+    with pytest.raises(ValueError, match="checkpoint.permanent=-1: it must be 0"):
+        Checkpoints(tmp_path, permanent=-1)
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_file_that_cannot_grow_fails_the_save_and_nothing_else(tmp_path: Path, asynchronous: bool) -> None:
     checkpoints = Checkpoints(tmp_path, asynchronous=asynchronous)

@@ -1,13 +1,17 @@
 import contextlib
+import errno
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from longspan.train.checkpoint import Checkpoints, SaveError
+from longspan.train.tensors import TensorSave
 from states import State, bits, leaves, loaded, make, save, small_files
 from world import Worlds
 
@@ -116,6 +120,31 @@ def save_in_halves(rank: int, folder: Path) -> State | None:
     checkpoints = Checkpoints(folder / str(half), group=group)
     checkpoints.save(half, make(half), {"half": half})
     return checkpoints.load("auto", make(half))
+
+
+def full_on_rank_1(rank: int, folder: Path) -> tuple[list[int], list[str]]:
+    """Saves three times; at the third, rank 1 finds its disk full, once."""
+    told: list[str] = []
+    checkpoints = Checkpoints(folder, warn=told.append)
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    write, full = TensorSave.write, [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))] * rank
+
+    def written(saved: TensorSave, folder: Path) -> list[WriteResult]:
+        if full:
+            # as torch does
+            raise RuntimeError("unexpected pos 64 vs 0") from full.pop()
+        return write(saved, folder)
+
+    with patch.object(TensorSave, "write", written):
+        save(checkpoints, 3)
+    return checkpoints.steps(), told
+
+
+def test_all_ranks_try_again_when_the_disk_of_one_is_full(world: Worlds, tmp_path: Path) -> None:
+    gone = "the disk is full: step-00000001 was deleted for checkpoint 3"
+    assert world(2)(full_on_rank_1, tmp_path) == [([2, 3], [gone]), ([2, 3], [])]
+    assert loaded(tmp_path, make(3)) == (bits(make(3)), {"saved": 3})
 
 
 def test_a_group_saves_on_its_own(world: Worlds, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_all_choices_compose_together(experiment: str) -> None:
 @pytest.mark.parametrize("group", ["model", "data", "engine", "objective", "optim", "memory", "track"])
 def test_the_other_groups_compose(group: str) -> None:
     for choice in choices(group):
-        needed = ("text", "images", "latents", "indexed")
+        needed = ("text", "images", "latents", "indexed", "streaming")
         path = ["data.path=x"] if group == "data" and choice in needed else []
         path += ["data.tokenizer=bytes"] if choice == "indexed" else []
         # tiny sets what only a GPT and its texts have
@@ -157,6 +157,7 @@ NUMBERS = [
     ("train.clip", float("nan"), "train.clip is nan; it must be at least 0"),
     ("train.seconds", 0.0, "train.seconds is 0.0; it must be null or more than 0"),
     ("checkpoint.keep", 0, "checkpoint.keep is 0; it must be at least 1"),
+    ("checkpoint.permanent", -1, "checkpoint.permanent is -1; it must be at least 0"),
     ("train.precision", "fp16", "train.precision is 'fp16'; it can be float32 or bfloat16"),
 ]
 

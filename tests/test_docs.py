@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_module
 
 from longspan.launch.dryrun import Dry, stood_in
 from longspan.launch.plan import Planning
+from longspan.launch.report import Reporting
 from longspan.launch.submit import Submission
 from longspan.train.config import Root, typed
 from longspan.train.convert import Conversion, named
@@ -22,13 +23,13 @@ from longspan.train.tokenize import Tokenizing
 ROOT = Path(__file__).parent.parent
 COMMAND = re.compile(
     r"(?:-m longspan\.(?:train|launch)"
-    r"(?:\.(evaluate|sample|draw|encode|tokenize|convert|dryrun|submit|plan))?"
-    r"|longspan (train|submit|plan|evaluate|sample|draw|convert)|make train)\b(.*)"
+    r"(?:\.(evaluate|sample|draw|encode|tokenize|convert|dryrun|submit|plan|report))?"
+    r"|longspan (train|submit|plan|report|evaluate|sample|draw|convert)|make train)\b(.*)"
 )
 SCHEMAS: dict[str, type] = {
     "train": Root, "evaluate": Evaluation, "sample": Sampling, "draw": Drawing, "encode": Encoding,
     "tokenize": Tokenizing, "convert": Conversion, "dryrun": Dry, "submit": Submission,
-    "plan": Planning,
+    "plan": Planning, "report": Reporting,
 }  # fmt: skip
 
 

@@ -180,7 +180,7 @@ def test_the_console_script_names_its_verbs(say: Say) -> None:
     for words, code in (([], 2), (["trian"], 2), (["--help"], 0)):
         found, out, err = say(cli.main, *words)
         assert found == code
-        verbs = "train,evaluate,sample,draw,convert,encode,tokenize,submit,plan"
+        verbs = "train,evaluate,sample,draw,convert,encode,tokenize,submit,plan,report"
         assert f"usage: longspan {{{verbs}}} [overrides]" in out + err
     code, _, err = say(cli.main, "train", "train.stepz=1")
     assert code == 2 and "did you mean 'train.steps'?" in err

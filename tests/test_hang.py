@@ -2,12 +2,18 @@
 rank that fails fails the others within the timeout of the process group.
 """
 
+import json
 import os
+import re
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from cells import Cell, inputs, meshed, patient
+from jobs import ring, wait_for
 from longspan.kernels.heads import PerHead
 from longspan.kernels.mask import Causal, Documents, Full, Mask, Unsupported, Window
 from longspan.kernels.patterns import Anchored, BlockPermutation, Strided
@@ -28,6 +35,7 @@ from longspan.parallel.ring import Ring
 from longspan.parallel.s2 import HeadSharded
 from longspan.parallel.star import Star
 from longspan.parallel.ulysses import Ulysses
+from longspan.train.pulse import process_state
 from world import RankFailed, Worlds
 
 LAYOUTS: dict[str, Callable[..., Layout]] = {
@@ -228,3 +236,33 @@ def test_a_rank_that_dies_is_not_waited_for(world: Worlds, monkeypatch: pytest.M
     assert told.value.ranks == (1, 0, 2) or told.value.ranks == (1, 2, 0)
     assert "rank 1: the process died with exit code 7" in str(told.value)
     assert time.monotonic() - start < 18
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
+def test_a_stopped_rank_is_named_and_the_other_leaves(data_cache: str, tmp_path: Path) -> None:
+    run_dir, said, timeout = tmp_path / "run", tmp_path / "said", 6.0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [data_cache, *ring(), f"run.dir={run_dir}", "train.steps=100000", f"timeout_s={timeout}"]
+    command = [*torchrun, "-m", "longspan.train", "experiment=tiny", "track=none", "heartbeat_s=1", *words]
+    with open(said, "w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
+        wait_for(run_dir / "metrics.jsonl", 5, process)
+        one, two = (
+            json.loads((run_dir / "heartbeat" / f"rank{rank}.json").read_text())["pid"] for rank in (0, 1)
+        )
+        os.kill(two, signal.SIGSTOP)
+        began = time.monotonic()
+        while process_state(one) not in ("", "Z") and time.monotonic() < began + 60:
+            time.sleep(0.05)
+        took = time.monotonic() - began
+        # which does not hear SIGTERM: torchrun would kill it after 30 s
+        os.kill(two, signal.SIGKILL)
+        assert process.wait(60) == 1
+    assert timeout - 1 < took < timeout + 5
+    lines = [line for line in said.read_text().splitlines() if line.startswith("longspan: ")]
+    line = re.compile(
+        rf"longspan: (error: )?rank 1 \(\S+, process {two}\) has not been heard of for [4-9] s, since its "
+        rf"process is stopped \(SIGCONT lets it go on\); it was in step \d+, .+; rank 0 in step \d+, .+"
+    )
+    assert len(lines) == 1 and line.fullmatch(lines[0]), lines
+    assert lines[0].endswith((run_dir / "heartbeat" / "hang.txt").read_text().strip())

@@ -1,6 +1,5 @@
 """engine=megatron: trains as one process does, and goes on where other engines stopped."""
 
-import warnings
 from pathlib import Path
 
 import pytest
@@ -8,12 +7,12 @@ import torch
 from omegaconf import DictConfig
 from torch.distributed.tensor import DTensor
 
-from jobs import Once, Ran, assert_same, config, launch_of, ring, run
+from jobs import S2, Once, assert_same, config, gone_on, joined, launch_of, quiet, ring, run
 from longspan.models.gpt import GPT
 from longspan.models.memory import Memory
 from longspan.train.engine.megatron import refuse
 from longspan.train.engine.megatron_parts import Attending
-from longspan.train.job import build, processes
+from longspan.train.job import build
 from longspan.train.meter import parameter_counts
 from test_oracles import needs
 from world import Worlds
@@ -21,19 +20,8 @@ from world import Worlds
 pytestmark = needs("megatron", "megatron-core")
 TEN = "train.steps=10"
 ONE = ("parallel=single", "data.pack=true")
-S2 = ("mask=s2", "mask.left.block=16", "mask.left.local=4", "data.pack=false")
-STAR = (
-    "mask=star", "mask.left.block=64", "mask.left.anchor=64", "mask.left.context=192", "data.pack=false",
-)  # fmt: skip
 TP = "parallel.mesh.tp=2"
 SLOW = pytest.mark.slow
-
-
-def megatron(rank: int, cfg: DictConfig, folder: Path, stop: int | None = None) -> Ran:
-    with warnings.catch_warnings():
-        # it calls what torch and Python have newer names for
-        warnings.simplefilter("ignore")
-        return run(rank, cfg, folder, stop)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +34,6 @@ def megatron(rank: int, cfg: DictConfig, folder: Path, stop: int | None = None) 
         pytest.param(4, (*ring("zigzag"), TP), ("model.bias=qkv", "model.predecessor=true"), marks=SLOW),
         pytest.param(4, (*ring("zigzag"), TP, *S2), (), marks=SLOW),
         pytest.param(4, ("parallel=s2", TP, *S2), ("model.tied=false",), marks=SLOW),
-        pytest.param(2, ("parallel=star", *STAR), (), marks=SLOW),
         pytest.param(
             4,
             (*ring(), TP, "parallel.mesh.dp=2", "train.micro_batch=1", "train.accumulate=1"),
@@ -64,7 +51,7 @@ def test_megatron_trains_as_one_process(
     cfg = config(data_cache, "engine=megatron", TEN, *layout, *model)
     same = [x for x in (*layout, *model) if x.split("=")[0].startswith(("mask", "model", "data"))]
     one = ("parallel=single", TEN, *same) if "data.pack=false" in same else (*ONE, TEN, *same)
-    assert_same(world(size)(megatron, cfg, tmp_path / "checkpoints"), once(1, *one))
+    assert_same(world(size)(run, cfg, tmp_path / "checkpoints"), once(1, *one))
 
 
 @pytest.mark.parametrize(
@@ -72,32 +59,22 @@ def test_megatron_trains_as_one_process(
     [
         ((2, ("engine=megatron", "parallel=single", TP)), (1, ("engine=ddp", "parallel=single"))),
         pytest.param(
-            (2, ("engine=fsdp", *ring())), (4, ("engine=megatron", *ring("zigzag"), TP)), marks=SLOW
-        ),
-        pytest.param(
             (4, ("engine=megatron", *ring(), TP)), (2, ("engine=megatron", "parallel=ulysses")), marks=SLOW
         ),
-        pytest.param(
-            (1, ("engine=ddp", "parallel=single")),
-            (2, ("engine=megatron", "parallel=single", TP)),
-            marks=SLOW,
-        ),
-        pytest.param((2, ("engine=megatron", *ring())), (2, ("engine=fsdp", "parallel=ulysses")), marks=SLOW),
     ],
 )
 def test_a_checkpoint_goes_on_under_another_engine(
     world: Worlds, once: Once, data_cache: str, tmp_path: Path,
     before: tuple[int, tuple[str, ...]], after: tuple[int, tuple[str, ...]],
 ) -> None:  # fmt: skip
-    for (size, overrides), stop in ((before, 5), (after, None)):
-        ran = world(size)(megatron, config(data_cache, TEN, *overrides), tmp_path / "checkpoints", stop)
+    started, then = ((n, config(data_cache, TEN, *o)) for n, o in (before, after))
+    ran = gone_on(world, tmp_path / "checkpoints", started, then)
     assert_same(ran, once(1, *ONE, TEN), since=5)
 
 
 def counted(rank: int, cfg: DictConfig) -> tuple[tuple[int, int], set[str], int, dict[str, tuple[int, ...]]]:
     """Parameters, kinds of attention in the layers, parameters held here, and shapes in a checkpoint."""
-    with warnings.catch_warnings(), processes(launch_of(rank), "cpu", 60.0) as device:
-        warnings.simplefilter("ignore")
+    with quiet(cfg), joined(rank) as device:
         model = (job := build(cfg, launch_of(rank), device)).model
         cores = {type(b.layer.self_attention).__module__ for b in model.blocks}
         cores |= {type(b.layer.self_attention.core_attention).__name__ for b in model.blocks}

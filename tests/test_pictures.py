@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from longspan.train import pictures
+from longspan.train.checkout import git_state
 from longspan.train.meter import Meter, gpt_flops, peak_flops, published_peak
 from longspan.train.pictures import RANKS, Runs, owners, raster, smooth, styled
 from longspan.train.progress import Progress, amount, duration, size
-from longspan.train.track import git_state
 
 
 def test_git_state_tells_commit_and_dirt(tmp_path: Path) -> None:

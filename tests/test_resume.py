@@ -31,8 +31,9 @@ from jobs import (
 )
 from longspan.train import loop as loops
 from longspan.train.checkpoint import Checkpoints
+from longspan.train.guard import Diverged
 from longspan.train.job import build, processes
-from longspan.train.loop import Diverged, Loop, State
+from longspan.train.loop import Loop, State
 from longspan.train.preempt import EXIT_PREEMPTED, Preempt
 from longspan.train.track import Metrics
 from world import RankFailed, Worlds

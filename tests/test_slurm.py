@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -157,6 +159,25 @@ def test_a_sweep_is_an_array(bench: Bench) -> None:
     rates = [(folder / task / "config.yaml").read_text() for task in "01"]
     assert "lr: 0.001\n" in rates[0] and "lr: 0.003\n" in rates[1]
     bench.told("sweep", "an array of 2 jobs, a folder each, exit code 0")
+
+
+def test_hydras_own_launcher_sweeps(bench: Bench) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    bench.began, root = time.monotonic(), bench.folder / "multirun"
+    words = [word for word in COMMON if not word.startswith("slurm.")]
+    words += ["parallel=single", "optim.lr=1e-3,3e-3", "train.steps=10", f"run.root={root}"]
+    words += [
+        f"data.cache={bench.folder / 'cache'}",
+        "hydra/launcher=slurm",
+        "hydra.launcher.cpus_per_task=1",
+    ]
+    env = bench.slurm.env | {"SUBMITIT_PREEMPT_SIGNAL": "USR1"}
+    command = [sys.executable, "-m", "longspan.train", *words, "--multirun"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (losses(next(root.glob(f"multirun-*/{number}"))) for number in (0, 1))
+    assert len(first) == len(second) == 10 and first != second
+    bench.told("hydra/launcher=slurm", "an array of 2 jobs by submitit, exit code 0")
 
 
 def test_bad_input_is_not_queued_again(bench: Bench) -> None:

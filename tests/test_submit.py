@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,17 @@ def test_only_several_values_make_a_sweep() -> None:
     given = ["a=[1,2]", "b='x,y'", "c={d:1,e:2}"]
     assert list(expanded(given)) == [given]
     assert list(expanded(["a=range(1,3)", "~b"])) == [["a=1", "~b"], ["a=2", "~b"]]
+    with initialize_config_module("longspan.conf", version_base="1.3"):
+        assert list(expanded(["mask=glob(s*,exclude=star*)"])) == [
+            ["mask=s2"],
+            ["mask=sinks"],
+            ["mask=streaming_heads"],
+        ]
+        for word in ("mask=glob(zz*)", "optim.lr=glob(*)"):
+            with pytest.raises(HydraException, match=r"\), which fits none; a sweep lists values, such as"):
+                expanded([word])
+        with pytest.raises(HydraException, match="a=interval.*Can only enumerate CHOICE .* such as a=a,b"):
+            expanded(["a=interval(0,1)"])
 
 
 def test_ranks_read_what_was_composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +111,8 @@ IMPOSSIBLE = [
     ),
     (Slurm(nodes=1, options=["exclusive"]), "slurm.options has 'exclusive'; each must be one word, such as"),
     (Slurm(nodes=1, options=["--no-requeue"]), "but longspan submit sets --no-requeue itself"),
+    (Slurm(nodes=1, options=["--no-requ"]), "has '--no-requ', but longspan submit sets --no-requeue itself"),
+    (Slurm(nodes=1, options=["--sig=USR2"]), "but longspan submit sets --signal itself"),
     (Slurm(nodes=1, options=["--a\nrm"]), "each must be one word"),
     (Slurm(nodes=1, setup=["a\nb"]), "give a list with one line of shell in each"),
 ]
@@ -144,6 +158,33 @@ def test_a_secret_does_not_reach_the_folder() -> None:
         plan([cfg], NOW)
     nested = {"a": [{"key": "k"}, {"b": {"token": "${oc.env:X}", "hub_token": "t"}}]}
     assert list(submit.secret_values(nested)) == ["a[0].key", "a[1].b.hub_token"]
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("export WANDB_API_KEY=hush", "WANDB_API_KEY"),
+        ("cd x; HF_TOKEN='hush hush' tool", "HF_TOKEN"),
+        ("tool login --api-key hush", "api_key"),
+        ("--export=ALL,DB_PASSWORD=hush", "DB_PASSWORD"),
+    ],
+)
+def test_a_secret_does_not_reach_the_script(line: str, name: str) -> None:
+    asked = Slurm(nodes=1, **{"options" if line.startswith("--") else "setup": [line]})  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=rf"slurm.\w+ gives {name} a value .* for all to read: export {name} in"
+    ) as said:
+        rendered(asked, Path("/runs/x"))
+    assert "hush" not in str(said.value)
+
+
+def test_what_is_no_secret_stays_in_the_script() -> None:
+    lines = [
+        "export HF_TOKEN=$(cat ~/token)", 'export API_KEY="$KEPT"', "MAX_TOKENS=100 tool",
+        "module load key/1.2", "export TOKENIZERS_PARALLELISM=false",
+    ]  # fmt: skip
+    script = rendered(Slurm(nodes=1, setup=lines), Path("/runs/x"))
+    assert all(f"\n{line}\n" in script for line in lines)
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
@@ -248,6 +289,10 @@ if [[ $(basename "$0") == srun ]]; then
   wait $!
   exit 9
 fi
+if [[ $(basename "$0") == squeue && -e $BUSY ]]; then
+  rm "$BUSY"
+  exit 1
+fi
 [[ "$*" != *"--jobs=$RUNNING "* ]] || echo "job $RUNNING runs"
 [[ "$*" != "show hostnames"* ]] || printf 'n3\\nn4\\n'
 [[ "$*" != "show node n3" ]] || echo "NodeName=n3 NodeAddr=10.0.0.3 Port=1"
@@ -266,7 +311,9 @@ def test_the_script_forwards_the_signal_and_queues_itself_again(tmp_path: Path, 
         "PATH": f"{stubs}:{os.environ['PATH']}", "CALLS": str(calls), "SLURM_JOB_ID": "8",
         "SLURM_JOB_NODELIST": "n[3-4]", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2",
         "SLURM_RESTART_COUNT": "1", "SLURM_CPUS_PER_TASK": "5", "RUNNING": running,
+        "BUSY": str(tmp_path / "busy"),
     }  # fmt: skip
+    (tmp_path / "busy").touch()
     batch = subprocess.Popen(["bash", "-c", script], env=env, stdout=subprocess.PIPE, text=True)
     until = time.monotonic() + 20
     while time.monotonic() < until and not (calls.exists() and "\nup\n" in calls.read_text()):
@@ -278,9 +325,11 @@ def test_the_script_forwards_the_signal_and_queues_itself_again(tmp_path: Path, 
     assert called[0] == f"python -m longspan.launch.requeue start {folder}/2 --job 7_2 --restarts 3"
     assert called[1:3] == ["scontrol show hostnames n[3-4]", "scontrol show node n3"]
     assert called[3].startswith("srun --ntasks-per-node=1 --cpus-per-task=5 --kill-on-bad-exit=0 --wait=120 ")
-    assert called[4:6] == ["up", "squeue --noheader --jobs=7_2 --states=running"]
+    # the first answer is none
+    asked = "squeue --noheader --jobs=7_2 --states=running"
+    assert called[4:8] == ["up", asked, "sleep 1", asked]
     ended = f"python -m longspan.launch.requeue end {folder}/2 --code 75 --restarts 3"
-    assert called[6:] == ([ended, "scontrol requeue 7_2"] if running == "7_2" else [])
+    assert called[8:] == ([ended, "scontrol requeue 7_2"] if running == "7_2" else [])
 
 
 def test_hydras_launcher_composes_or_names_the_extra() -> None:
@@ -289,9 +338,7 @@ def test_hydras_launcher_composes_or_names_the_extra() -> None:
             found = compose("train", overrides=["hydra/launcher=slurm"], return_hydra_config=True)
         return dict(found.hydra.launcher)
 
-    try:
-        import hydra_plugins.hydra_submitit_launcher  # type: ignore[import-not-found]  # noqa: F401
-    except ImportError:
+    if find_spec("submitit") is None:
         with pytest.raises(HydraException) as missing:
             launcher()
         said = hint(missing.value, ["hydra/launcher=slurm"], "train")

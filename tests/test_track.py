@@ -3,14 +3,10 @@
 import json
 import math
 import os
-import re
 import resource
-import struct
-import subprocess
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -19,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import instantiate
-from matplotlib.image import imsave
 from omegaconf import OmegaConf
 
-from longspan.train.track import Metrics, Nothing, Wandb, choose_mode
+from longspan.train.login import choose_mode
+from longspan.train.record import sweep_of
+from longspan.train.track import Metrics, Nothing, Wandb
 
 CONF = Path(__file__).parent.parent / "conf" / "track"
 
@@ -119,131 +116,6 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     assert [row["step"] for row in lines(path)] == [1, 3]
 
 
-# wandb itself, offline
-
-
-def wandb_records(path: Path) -> Iterator[Any]:
-    """The records of a .wandb file: LevelDB's log format behind a header of seven bytes."""
-    from wandb.proto import wandb_internal_pb2 as proto
-
-    block, head = 32768, struct.Struct("<IHB")
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    at, parts = 7, b""
-    while at + head.size <= len(data):
-        if block - at % block < head.size:
-            at += block - at % block
-            continue
-        checksum, length, kind = head.unpack_from(data, at)
-        part = data[at + head.size : at + head.size + length]
-        at += head.size + length
-        if kind == 0:
-            continue
-        assert zlib.crc32(part, zlib.crc32(bytes([kind]))) == checksum
-        # A record is whole (1), or a first (2), middle (3) and last (4) part.
-        parts = part if kind in (1, 2) else parts + part
-        if kind in (1, 4):
-            record = proto.Record()  # type: ignore[attr-defined]
-            record.ParseFromString(parts)
-            yield record
-
-
-def items(found: Any) -> dict[str, Any]:
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in found}
-
-
-JOBS = """
-import math, os, signal, sys, time
-from pathlib import Path
-from longspan.train.track import Metrics, Wandb
-
-def track(name):
-    (folder := Path(name)).mkdir()
-    given = dict(project="tests", entity=None, group="pair", tags=["a", "b"], config={"model": {"width": 64}})
-    return folder, Wandb(mode="auto", run_dir=folder, name=name, resume=False, env=os.environ, **given)
-
-folder, tracker = track("whole")
-metrics = Metrics(folder / "metrics.jsonl", resume_step=None)
-for step in range(1, 301):
-    row = {"loss": 8 / math.sqrt(step), "grad_norm": 1 / step, "tokens": 64 * step, "tokens_per_s": 1e4}
-    metrics.write(step, row)
-    tracker.log(step, row)
-tracker.picture("dot", Path("dot.png"))
-tracker.summary({"bits_per_byte": 3.25})
-tracker.finish(0)
-print(tracker.mode, tracker.dropped)
-
-_, tracker = track("hung")
-while tracker._done < 1:
-    tracker.log(1, {"loss": 1.0})
-    time.sleep(0.02)
-import wandb
-helper = wandb.setup()._connection._proc._process
-os.kill(helper.pid, signal.SIGSTOP)
-began = time.monotonic()
-tracker.finish(0, timeout=0.5)
-print(time.monotonic() - began, helper.pid)
-"""
-
-
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
-    """Two jobs of one who is not logged in; in the second W&B's helper hangs: folder, stdout, stderr."""
-    folder = tmp_path_factory.mktemp("jobs")
-    imsave(folder / "dot.png", torch.eye(4).numpy())
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "NETRC"))} | {
-        "HOME": str(folder)
-    }
-    command = [sys.executable, "-c", JOBS]
-    # The time limit is part of the test: a process that waits for the helper never ends.
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout.split(), done.stderr
-
-
-def test_wandb_offline_holds_the_losses_of_metrics(jobs: tuple[Path, list[str], str]) -> None:
-    folder = jobs[0] / "whole"
-    assert jobs[1][:2] == ["offline", "0"]
-    number = (folder / "wandb_id.txt").read_text().strip()
-    (file,) = folder.glob(f"wandb/offline-run-*/run-{number}.wandb")
-    found: dict[str, list[Any]] = {"history": [], "run": [], "summary": []}
-    for record in wandb_records(file):
-        if (kind := record.WhichOneof("record_type")) in found:
-            found[kind].append(getattr(record, kind))
-    history = [items(row.item) for row in found["history"]]
-    config, summary, (run, *_) = dict[str, Any](), dict[str, Any](), found["run"]
-    for part in found["run"]:
-        config |= items(part.config.update)
-    for part in found["summary"]:
-        summary |= items(part.update)
-    kept = {row["step"]: row["loss"] for row in Metrics.read(folder / "metrics.jsonl")}
-    assert [(row["step"], row["loss"]) for row in history] == list(kept.items()) and len(kept) == 300
-    assert history[-1]["dot._type"] == "image-file"
-    assert [run.project, run.run_group, run.display_name] == ["tests", "pair", "whole"]
-    assert list(run.tags) == ["a", "b"] and config["model"] == {"width": 64} and "git" in config
-    assert summary["bits_per_byte"] == 3.25
-
-
-def lives(pid: str) -> bool:
-    """Whether the process runs or is stopped; dead, but not yet reaped by its new parent, does not count."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_a_hung_wandb_helper_does_not_keep_the_process(jobs: tuple[Path, list[str], str]) -> None:
-    seconds, helper = jobs[1][2:]
-    assert float(seconds) < 1.5
-    deadline = time.monotonic() + 10
-    while (alive := lives(helper)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive
-    # And W&B printed nothing of its own, neither here nor for the job that went well.
-    warning = r"wandb did not end within 0\.5 s, lost \d+ of \d+ records; metrics.jsonl has everything\n"
-    assert re.fullmatch(warning, jobs[2])
-
-
 # a wandb that misbehaves
 
 
@@ -251,6 +123,8 @@ class Fake:
     """A module `wandb` that calls `trouble(what, given)` before it does what it should."""
 
     Settings = SimpleNamespace
+    # the first step that an online run does not hold yet
+    starting_step = 0
 
     def __init__(self, trouble: Callable[[str, dict[str, Any]], object] = lambda *_: None) -> None:
         self.trouble = trouble
@@ -266,7 +140,9 @@ class Fake:
     def init(self, **given: Any) -> Any:
         self.inits.append(given)
         self.trouble("init", given)
-        return SimpleNamespace(log=self.log, url=None, summary={}, finish=self.ended.append)
+        return SimpleNamespace(
+            log=self.log, url=None, summary={}, finish=self.ended.append, starting_step=self.starting_step
+        )
 
     def log(self, row: dict[str, Any], step: int) -> None:
         self.trouble("log", row)
@@ -347,6 +223,26 @@ def test_a_resumed_job_continues_its_run(offline: Any, tmp_path: Path) -> None:
     assert (tmp_path / "wandb_id.txt").read_text().strip() == ids[3]
 
 
+def test_what_the_server_holds_is_not_sent_again(offline: Any) -> None:
+    fake = Fake()
+    fake.starting_step = 12
+    tracker = offline(fake, resume=True)
+    for step in range(9, 15):
+        tracker.log(step, {"loss": float(step)})
+    tracker.finish(0)
+    assert [row["step"] for row in fake.rows] == [12, 13, 14] and tracker.dropped == 0
+
+
+def test_a_sweep_is_a_group(offline: Any, tmp_path: Path) -> None:
+    for given, told in ((None, ("lr", "lr/n")), ("mine", ("mine", "lr/n"))):
+        fake = Fake()
+        offline(fake, group=given, sweep="lr").finish(0)
+        assert (fake.inits[0]["group"], fake.inits[0]["name"]) == told
+    assert sweep_of(tmp_path / "runs" / "lr" / "0", tmp_path / "runs") == "lr"
+    assert sweep_of(tmp_path / "runs" / "one", tmp_path / "runs") is None
+    assert sweep_of(tmp_path / "elsewhere", tmp_path / "runs") is None
+
+
 @pytest.mark.parametrize(
     ("env", "file", "text", "chosen"),
     [
@@ -388,6 +284,8 @@ def test_every_tracker_takes_the_same_calls(file: Path, tmp_path: Path) -> None:
     )
     tracker.log(1, {"loss": 1.0})
     tracker.picture("p", tmp_path / "p.png")
+    tracker.table("t", [{"loss": 1.0}])
+    tracker.checkpoint(1, tmp_path)
     tracker.summary({"loss": 1.0})
     tracker.finish(0, timeout=0.1)
     assert tracker.mode == "disabled" and os.listdir(tmp_path) == []

@@ -1,10 +1,12 @@
 """Checkpoints of a run: written aside, renamed when whole, checked by hash when read, the last few kept."""
 
+import errno
 import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +27,11 @@ _Written = tuple[list[WriteResult], dict[str, File]]
 
 
 class SaveError(OSError):
-    """A checkpoint could not be saved; one line says why. `latest` and earlier ones are as they were."""
+    """A checkpoint could not be saved; one line says why. The one before is as it was."""
+
+
+class _Full(OSError):
+    """The disk is."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +56,24 @@ class Checkpoints:
         folder: Path,
         *,
         keep: int = 3,
+        permanent: int = 0,
         asynchronous: bool = True,
         group: ProcessGroup | None = None,
         warn: Callable[[str], None] | None = None,
     ) -> None:
-        """keep: complete checkpoints to keep. asynchronous: write in a thread, from copies in CPU memory.
+        """keep: complete checkpoints to keep, beside those of steps that `permanent` divides (0: of none).
 
+        asynchronous: write in a thread, from copies in CPU memory.
         group: the ranks that hold the state (None: all). warn: gets a line, on rank 0, maybe in the thread,
-        for a checkpoint that is skipped and an old one that cannot be deleted; by default it is printed.
-        Raises ValueError if keep is below 1.
+        for a checkpoint that is skipped, and an old one that is deleted early or cannot be; by default it is
+        printed. Raises ValueError if keep is below 1 or permanent below 0.
         """
         if keep < 1:
             raise ValueError(f"checkpoint.keep={keep}: at least 1 checkpoint must be kept")
-        self._ranks = Ranks(group, kinds=(DamagedCheckpoint, ValueError, FileNotFoundError, OSError))
-        self._shelf = Shelf(Path(folder).absolute(), keep)
+        if permanent < 0:
+            raise ValueError(f"checkpoint.permanent={permanent}: it must be 0 (none) or a number of steps")
+        self._ranks = Ranks(group, kinds=(DamagedCheckpoint, ValueError, FileNotFoundError, _Full, OSError))
+        self._shelf = Shelf(Path(folder).absolute(), keep, permanent)
         self._warn = _to_stderr if warn is None else warn
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None
@@ -152,25 +162,42 @@ class Checkpoints:
         return _Save(step, folder, encoded, tensors, index)
 
     def _write(self, save: _Save) -> None:
-        """Writes on all ranks, publishes on rank 0. Runs in the thread, if there is one."""
+        """Writes on all ranks, publishes on rank 0; while the disk is full, old checkpoints make room. Runs
+        in the thread, if there is one.
+        """
+        while True:
+            try:
+                self._ranks.exchange(
+                    lambda: _full_told(lambda: _write_share(save)), partial(self._close, save)
+                )
+                break
+            except Exception as error:
+                if self._ranks.rank == 0:
+                    self._report(self._shelf.discard(save.folder))
+                if not isinstance(error, _Full) or not self._tell(partial(self._make_room, save.step)):
+                    raise _save_error(save.step, error) from error
+        if self._ranks.rank == 0:
+            self._report(self._shelf.tidy())
 
-        def publish(parts: list[_Written]) -> list[None]:
+    def _close(self, save: _Save, parts: list[_Written]) -> list[None]:
+        """What rank 0 adds to the ranks' files, and the name under which it all counts."""
+
+        def close() -> None:
             assert save.index is not None
             save.tensors.finish(save.folder, save.index, [results for results, _ in parts])
             write_synced(save.folder / EXTRA, save.extra)
             files = {name: file for _, described in parts for name, file in described.items()}
             files |= {path.name: File.of(path) for path in save.folder.iterdir() if path.name not in files}
             self._shelf.publish(save.folder, save.step, files)
-            return [None] * len(parts)
 
-        try:
-            self._ranks.exchange(lambda: _write_share(save), publish)
-        except Exception as error:
-            if self._ranks.rank == 0:
-                self._report(self._shelf.discard(save.folder))
-            raise _save_error(save.step, error) from error
-        if self._ranks.rank == 0:
-            self._report(self._shelf.tidy())
+        _full_told(close)
+        return [None] * len(parts)
+
+    def _make_room(self, step: int) -> bool:
+        gone = self._shelf.make_room()
+        if gone is not None:
+            self._report([f"the disk is full: {gone} was deleted for checkpoint {step}"])
+        return gone is not None
 
     def _folders(self, which: str) -> list[Path]:
         """What to try, in this order."""
@@ -208,6 +235,19 @@ def _write_share(save: _Save) -> _Written:
     results = save.tensors.write(save.folder)
     names = {result.storage_data.relative_path for result in results}
     return results, {name: File.of(save.folder / name) for name in names}
+
+
+def _full_told(work: Callable[[], T]) -> T:
+    """Runs `work`; a full disk or quota somewhere behind its error is a `_Full`."""
+    try:
+        return work()
+    except Exception as error:
+        behind: BaseException | None = error
+        while behind is not None:
+            if isinstance(behind, OSError) and behind.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _Full(one_line(error)) from error
+            behind = behind.__cause__ or behind.__context__
+        raise
 
 
 def _save_error(step: int, error: Exception) -> SaveError:

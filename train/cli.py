@@ -1,6 +1,6 @@
 """The console script: longspan train | evaluate | sample | draw | convert | encode | tokenize, each the same
-as python -m longspan.train[.verb]; and submit and plan, which are python -m longspan.launch.submit
-and .plan.
+as python -m longspan.train[.verb]; and submit, plan and report, which are python -m
+longspan.launch.submit, .plan and .report.
 """
 
 import importlib
@@ -17,6 +17,7 @@ VERBS = {
     "tokenize": "longspan.train.tokenize",
     "submit": "longspan.launch.submit",
     "plan": "longspan.launch.plan",
+    "report": "longspan.launch.report",
 }
 
 

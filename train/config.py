@@ -63,12 +63,13 @@ class Train:
 
 @dataclass
 class Checkpoint:
-    """every: steps between checkpoints (0: only the last). keep: how many stay. asynchronous: write beside
-    training.
+    """every: steps between checkpoints (0: only the last). keep: how many stay. permanent: those of every so
+    many steps stay as well, for good (0: none). asynchronous: write beside training.
     """
 
     every: int = 100
     keep: int = 3
+    permanent: int = 0
     asynchronous: bool = True
 
 
@@ -82,6 +83,17 @@ class Eval:
     every: int = 0
     samples: int = 8
     final: int | None = 32
+
+
+@dataclass
+class Trace:
+    """first: the step with which torch's profiler begins on every rank (null: never). steps: how many it
+    records. memory: what is allocated, too.
+    """
+
+    first: int | None = None
+    steps: int = 2
+    memory: bool = False
 
 
 @dataclass
@@ -103,11 +115,15 @@ class Root:
     resume: str = "auto"
     device: str = "auto"
     timeout_s: float = 600.0
+    heartbeat_s: float = 5.0
     run: Run = field(default_factory=Run)
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)
+    trace: Trace = field(default_factory=Trace)
+    report: bool = True
     init: Init = field(default_factory=Init)
+    guard: Any = None
     lora: Any = None
     memory: Any = MISSING
     model: Any = MISSING

@@ -3,7 +3,7 @@ what happened.
 
 Exit codes: 0 done; 1 an error of ours or of the machine, with its traceback; 2 bad input: a setting that
 cannot be or a file that cannot be used; 75 stopped by a signal after saving: start again to go on; 130 left
-at once by a second SIGINT.
+at once by a second SIGINT. docs/reliability.md says which of them ask for a new start.
 """
 
 import json
@@ -21,8 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .agree import PeerError, one_line
 from .config import hint
+from .guard import Diverged
+from .heartbeat import Hang
 from .job import Launch
-from .loop import Diverged
+from .out_of_memory import OutOfMemory
 from .preempt import EXIT_PREEMPTED
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -34,6 +36,7 @@ def entry(work: Callable[[], object], root: str, env: MutableMapping[str, str]) 
     'did you mean'.
     """
     env.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.9 warns while it is unset
+    env.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler tells stderr that it starts and stops
     env["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them on every rank
     try:
         work()
@@ -67,8 +70,13 @@ def guarded(work: Callable[[], int], launch: Launch) -> int:
             leave(BAD_INPUT, f"error: {_said(error)}", launch)
         traceback.print_exc()
         _tell_torchrun(launch, one_line(error))
-    except (PeerError, Diverged) as error:
+    except (PeerError, Diverged, OutOfMemory) as error:
         leave(FAILED, f"error: {error}", launch)
+    except Hang as error:
+        # one rank speaks for all that wait
+        if error.first:
+            print(f"longspan: error: {error}", file=sys.stderr)
+        _tell_torchrun(launch, str(error))
     except KeyboardInterrupt:
         # the second Ctrl-C: a save that is still being written must not hold anybody back
         os._exit(INTERRUPTED)

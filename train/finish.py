@@ -1,5 +1,6 @@
 """The end of a run: the last evaluation, the pictures, and the summary."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import torch.distributed as dist
 from ..kernels.mask import Range
 from ..kernels.span import Span, bounds
 from ..kernels.tile import classify
+from .guard import FAULTS
 from .job import Job
 from .loop import Loop
 from .pictures import layout_picture
 from .progress import amount, duration
-from .record import write_json
+from .record import write_json, write_whole
+from .report.page import NAME
 
 GRID = 64  # tiles a side in the picture of a mask
 LAST = ("look closer", "try it")  # what to do next stands at the end
@@ -26,6 +29,7 @@ def finish(loop: Loop, folder: Path, *, complete: bool) -> dict[str, Any]:
     summary.json.
     """
     job, state = loop.job, loop.state
+    loop.pulse.enter("evaluate")
     sent = traffic_matrix(job, loop.sent)
     held = len(job.data.held_out())
     samples = held if job.cfg.eval.final is None else min(job.cfg.eval.final, held)
@@ -35,6 +39,8 @@ def finish(loop: Loop, folder: Path, *, complete: bool) -> dict[str, Any]:
         "tokens": state.tokens,
         "training_seconds": round(state.seconds, 1),
     }
+    bad = {"skipped_steps": state.skipped, "rewinds": state.rewound}
+    summary |= bad if any(bad.values()) else {}
     with job.averaged():
         summary |= loop.judge.finish(loop, folder, samples)
     if dist.get_rank() == 0:
@@ -50,10 +56,14 @@ def draw_layout(loop: Loop, folder: Path, sent: np.ndarray) -> None:
     length = job.context
     placement = job.objective.placement(job.data, job.layout, job.mask)
     runs = [[(s.start, s.length, s.run, s.step) for s in spans] for spans in placement.spans_by_rank]
+    tiles, mask = mask_grid(job, length), repr(job.mask)
+    title = f"{type(job.layout).__name__.lower()} over {job.layout.size} rank(s), a layer, both passes"
+    rows = ["".join(map(str, row)) for row in tiles.tolist()]
+    drawn = {"title": title, "mask": mask, "length": length, "spans": runs, "tiles": rows}
+    write_whole(folder / "layout.json", json.dumps(drawn | {"sent": sent.tolist()}) + "\n")
     path = layout_picture(
-        folder / "layout.png", spans_by_rank=runs, length=length, tiles=mask_grid(job, length), sent=sent,
-        title=f"{type(job.layout).__name__.lower()} over {job.layout.size} rank(s), a layer, both passes",
-        mask=repr(job.mask),
+        folder / "layout.png", spans_by_rank=runs, length=length, tiles=tiles, sent=sent, title=title,
+        mask=mask,
     )  # fmt: skip
     loop.record.picture("layout", path)
 
@@ -88,8 +98,12 @@ def headline(loop: Loop, summary: dict[str, Any], folder: Path) -> dict[str, str
     rows = {
         "trained": f"{summary['steps']} steps, {amount(summary['tokens'])} tokens "
         f"in {duration(summary['training_seconds'])}",
+        "bad steps": f"{summary['skipped_steps']} skipped, {summary['rewinds']} rewinds: {folder / FAULTS}"
+        if "rewinds" in summary
+        else "",
         **{name: told[name] for name in told if name not in LAST},
         "pictures": ", ".join(sorted(p.name for p in folder.glob("*.png"))),
+        "report": str(folder / NAME) if loop.job.cfg.report else "",
         "run folder": str(folder),
         **{name: told[name] for name in told if name in LAST},
     }

@@ -155,6 +155,16 @@ def sum_gradients(module: nn.Module, group: dist.ProcessGroup | None) -> None:
             p.grad.copy_(whole)
 
 
+def heads_of(mask: Mask, rank: int, size: int, held: int, of: int) -> Mask:
+    """The mask bound to the `held` of the model's `of` kv heads that this rank of `size` tensor-parallel ones
+    holds; ranks that outnumber the heads share them.
+    """
+    if size == 1 or not mask.per_head:
+        return mask
+    first = rank * held
+    return mask.heads([(first + i) * of // (size * held) for i in range(held)], of)
+
+
 def needs_extra(what: str, extra: str, error: ImportError) -> ModuleNotFoundError:
     """The error for a package that is not installed: which extra brings it."""
     return ModuleNotFoundError(f"{what} needs {error.name or extra}: pip install longspan[{extra}]")

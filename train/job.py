@@ -26,11 +26,13 @@ from .agree import Ranks
 from .config import made
 from .data.sample import Dataset
 from .ema import EMA
-from .engine.protocol import Engine
-from .huggingface.start import start
+from .engine.fsdp import FSDP
+from .engine.protocol import Apart, Build, Engine
+from .huggingface.start import later, start
 from .objective.protocol import Objective
 from .optim import Optim
 from .rounding import rounded
+from .singly import singly
 
 # what is told of a rank that fails
 KINDS = (ValueError, FileNotFoundError, OSError)
@@ -253,6 +255,10 @@ def build_model(cfg: DictConfig, data: Any, mask: Mask) -> nn.Module:
     return model
 
 
+def _without_storage() -> AbstractContextManager[Any]:
+    return torch.device("meta")
+
+
 def _vocab(given: int | None, data: Any) -> int:
     """The number of token ids, by default the data's."""
     if not isinstance(data, Dataset):
@@ -274,31 +280,49 @@ def build(cfg: DictConfig, launch: Launch, device: torch.device) -> Job:
 
 def assembled(
     cfg: DictConfig, launch: Launch, device: torch.device, ranks: Ranks, mesh: DeviceMesh, layout: Layout,
-    data: Any,
+    data: Any, *, whole: bool = False,
 ) -> Job:  # fmt: skip
-    """The job of these ranks over this data: model, memory, objective, engine."""
+    """The job of these ranks over this data: model, memory, objective, engine. whole: also a model that
+    starts from a folder is there on every rank before the engine shards it.
+    """
     mask: Mask = made(cfg.mask)
-    model = build_model(cfg, data, mask)
-    if device.type != "cpu":
+    engine: Engine = made(cfg.engine)
+    late = not whole and cfg.init.path is not None and isinstance(engine, FSDP)
+    with _without_storage() if late else nullcontext():
+        model = build_model(cfg, data, mask)
+    if device.type != "cpu" and not late:
         model.to(device)
     objective: Objective = made(cfg.objective)(model)
-    ranks.together(lambda: start(model, cfg.init, objective.context(data)))
-    engine: Engine = made(cfg.engine)
+    source = ranks.together(lambda: start(model, cfg.init, objective.context(data), cfg.seed))
+    memory: Memory = made(cfg.memory)
+    if memory.float8:
+        from . import float8
+
+        float8.check(cfg, engine, mesh, device)
+        float8.convert(model, memory.float8)
     if cfg.train.compile:
         # what compiles is imported only where it is asked for
         from . import compiled
 
         compiled.check(cfg, engine, mesh)
         compiled.compile_blocks(model)
-    memory: Memory = made(cfg.memory)
     host = memory.apply(model)
     # placed as training will: what the layout cannot serve is refused now, not in the middle of a run
     objective.placement(data, layout, mask)
     optim: Optim = made(cfg.optim)
     assert isinstance(objective, nn.Module)
-    build = optim.build if memory.weights == "float32" else rounded(optim.build, cfg.seed)
+    build: Build = optim.build
+    host_state = memory.optimizer == "host"
+    if memory.weights == "bfloat16":
+        build = rounded(build, cfg.seed, host=host_state)
+    elif host_state:
+        build = singly(build)
+    if late and source is not None:
+        room = torch.device("cpu") if isinstance(engine, FSDP) and engine.offload else device
+        build = later(build, source, objective, ranks, room, cfg.seed)
     engine.wrap(objective, build, mesh)
-    ema = EMA(model, decay=cfg.train.ema) if cfg.train.ema else None
+    apart = engine.weights() if isinstance(engine, Apart) else None
+    ema = EMA(model, decay=cfg.train.ema, apart=apart) if cfg.train.ema else None
     return Job(
         cfg, launch, device, ranks, mesh, layout, data, mask, model, objective, engine, optim, ema, host
     )
@@ -308,8 +332,8 @@ def check_numbers(cfg: DictConfig) -> None:
     """Refuses numbers that no job can run with."""
     least: dict[str, float] = {
         "train.steps": 1, "train.micro_batch": 1, "train.accumulate": 1, "train.clip": 0,
-        "train.log_every": 1, "checkpoint.every": 0, "checkpoint.keep": 1, "eval.every": 0, "eval.samples": 1,
-        "eval.final": 0,
+        "train.log_every": 1, "checkpoint.every": 0, "checkpoint.keep": 1, "checkpoint.permanent": 0,
+        "eval.every": 0, "eval.samples": 1, "eval.final": 0, "trace.first": 1, "trace.steps": 1,
     }  # fmt: skip
     for name, low in least.items():
         group, key = name.split(".")

@@ -17,7 +17,7 @@ from ..models.rope import Rope, rotate
 from ..parallel.layout import Layout, positions
 from ..parallel.placement import Placement, zigzag
 from ..parallel.ring import Ring
-from .integrations import CAUSAL, Binding, needs_extra, refuse_given
+from .integrations import CAUSAL, Binding, heads_of, needs_extra, refuse_given
 
 INSTEAD = "pass a megatron.PackedSequence as packed_seq_params: its mask says who sees whom"
 
@@ -155,9 +155,7 @@ class LongspanCoreAttention(nn.Module):
                 f"{mask} differs by head, and num_query_groups may be less than the {self.tp} "
                 f"tensor-parallel ranks; say which: core_attention(kv_heads=num_query_groups)"
             )
-        of = self.kv_heads or self.groups
-        first = self.tp_rank * held
-        return mask.heads([(first + i) * of // (self.tp * held) for i in range(held)], of)
+        return heads_of(mask, self.tp_rank, self.tp, held, self.kv_heads or self.groups)
 
 
 def megatron_placement(length: int, size: int) -> Placement:

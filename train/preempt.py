@@ -1,6 +1,7 @@
 """Leaving in time: signals that ask a run to stop, agreed on by all ranks at the end of a step."""
 
 import signal
+import socket
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -32,6 +33,9 @@ class Preempt:
     def __enter__(self) -> "Preempt":
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._handle)
+        self._ear, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._before_fd = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         return self
 
     def __exit__(
@@ -40,6 +44,23 @@ class Preempt:
         for number, handler in self._before.items():
             # None is a handler that Python did not install and cannot restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._before_fd)
+        self._ear.close()
+        self._mouth.close()
+
+    def heard(self, seconds: float) -> int:
+        """Waits so long at most for a signal, and returns its number, or 0. For another thread than the main
+        one, whose handlers do not run while it waits in a collective.
+        """
+        self._ear.settimeout(seconds)
+        try:
+            return max(self._ear.recv(64), default=0)
+        except (TimeoutError, BlockingIOError):
+            return 0
+
+    def wake(self) -> None:
+        """Ends a `heard` that waits."""
+        self._mouth.send(b"\0")
 
     def agreed(self) -> int | None:
         """The number of the signal that any rank got, the highest if several did, or None.

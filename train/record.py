@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,28 +17,45 @@ import yaml
 
 from .config import redacted_argument
 from .progress import Progress
-from .track import Metrics, Tracker, Value
+from .track import Metrics, Tracker, Value, json_value
 
 VALUES = ("loss", "grad_norm", "lr", "tokens", "valid", "tokens_per_s", "mfu", "step_s", "peak_memory")
+# in some rows. skipped: 1 in a bad step that changed no weight; the others: see `Stragglers.compared`
+SOMETIMES = ("skipped", "step_s_max", "step_s_median", "slowest_rank")
+# Starts, evaluations and remarks, a line each: `time` in seconds since 1970, `kind`, and what it is about.
+EVENTS = "events.jsonl"
 
 
 class Record:
     """All ways of telling, behind one door; on ranks other than 0 everything is silent."""
 
     def __init__(
-        self, rank: int, progress: Progress, metrics: Metrics | None, tracker: Tracker | None
-    ) -> None:
+        self, rank: int, progress: Progress, metrics: Metrics | None, tracker: Tracker | None,
+        folder: Path | None = None,
+    ) -> None:  # fmt: skip
+        """folder: of the run, for events.jsonl."""
         self.rank, self.progress, self.metrics, self.tracker = rank, progress, metrics, tracker
+        self.folder = folder
+
+    def started(self, step: int, world: int) -> None:
+        """Training begins on `world` ranks, from step `step` on."""
+        self._event("start", {"step": step, "world": world})
 
     def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
         if self.rank:
             return
         row: dict[str, Value] = {name: values[name] for name in VALUES}
+        row |= {name: values[name] for name in SOMETIMES if name in values}
         if self.metrics:
             self.metrics.write(step, row)
         if self.tracker:
             self.tracker.log(step, row)
         self.progress.step(step, total, dict(values))
+
+    def rewound(self, step: int) -> None:
+        """The run goes on from an earlier step. OSError if metrics.jsonl cannot be written."""
+        if self.metrics and not self.rank:
+            self.metrics.back(step)
 
     def evaluated(self, row: Mapping[str, float], words: str) -> None:
         if self.rank:
@@ -45,15 +63,31 @@ class Record:
         if self.tracker:
             kept: dict[str, Value] = {n: v for n, v in row.items() if n not in ("step", "tokens")}
             self.tracker.log(int(row["step"]), kept)
+        self._event("evaluation", row)
         self.progress.note(f"held out after step {row['step']:.0f}: {words}")
+
+    def saved(self, step: int) -> None:
+        """A checkpoint is whole."""
+        if self.tracker and self.folder and not self.rank:
+            self.tracker.checkpoint(step, self.folder / "checkpoints" / f"step-{step:08d}")
 
     def note(self, text: str) -> None:
         if not self.rank:
             self.progress.note(text)
+            self._event("note", {"text": text})
 
     def picture(self, name: str, path: Path) -> None:
         if self.tracker and not self.rank:
             self.tracker.picture(name, path)
+
+    def _event(self, kind: str, values: Mapping[str, Value]) -> None:
+        """A line of events.jsonl: what a report tells beside metrics. A full disk stops nobody."""
+        if self.folder is None or self.rank:
+            return
+        row = {name: json_value(name, value) for name, value in values.items()}
+        line = json.dumps({"time": round(time.time(), 3), "kind": kind, **row}) + "\n"
+        with suppress(OSError), (self.folder / EVENTS).open("ab", buffering=0) as file:
+            file.write(line.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -91,3 +125,9 @@ def open_folder(folder: Path, root: Path, config: dict[str, Any], facts: dict[st
     if beside and (link.is_symlink() or not link.exists()):
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)
+
+
+def sweep_of(folder: Path, root: Path) -> str | None:
+    """The name of the sweep that a run is part of: of what stands between `root` and its folder."""
+    above = folder.absolute().parent
+    return above.name if above.parent == root.absolute() else None

@@ -1,6 +1,5 @@
 """Weights that rest in bfloat16: updated in float32 one at a time, and rounded up or down by chance."""
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +9,10 @@ from torch.distributed.tensor import DTensor
 
 from .engine.protocol import Build
 from .engine.states import local
+from .singly import Groups, Singly
 
 # how often a weight was rounded, which seeds the next time: a run that goes on rounds as if it never stopped
 ROUNDS = "rounds"
-Groups = list[dict[str, Any]]
 
 
 def stochastic(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -27,65 +26,40 @@ def stochastic(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(x.isfinite(), rounded, x.to(torch.bfloat16))
 
 
-class Rounded(torch.optim.Optimizer):
+class Rounded(Singly):
     """Another optimizer over bfloat16 weights. Its state is float32; so is, for the time of its update, the
     weight that it updates.
 
     kind: its class; the groups say all that it is told. seed: of the rounding, which ranks that hold the same
-    weights do alike.
+    weights do alike. host: its state rests in host memory.
     """
 
-    def __init__(self, groups: Groups, kind: Callable[[Groups], torch.optim.Optimizer], seed: int) -> None:
+    def __init__(
+        self, groups: Groups, kind: Callable[[Groups], torch.optim.Optimizer], seed: int, *,
+        host: bool = False,
+    ) -> None:  # fmt: skip
         self.seed = seed
-        self.inner = kind([group | {"params": [nn.Parameter(torch.empty(0))]} for group in groups])
-        told = [
-            {**inner, "params": group["params"]}
-            for inner, group in zip(self.inner.param_groups, groups, strict=True)
-        ]
-        super().__init__(told, {})
+        super().__init__(groups, kind, host=host)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of all weights that have a gradient."""
-        number = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, group, number)
-                number += 1
-
-    def _update(self, p: nn.Parameter, group: dict[str, Any], number: int) -> None:
-        state = self.state[p]
+    def update(self, p: nn.Parameter, group: dict[str, Any], number: int) -> None:
+        state = dict(self.state[p])
         rounds = state.pop(ROUNDS, torch.zeros((), dtype=torch.int64))
         weight = nn.Parameter(p.detach().float())
         weight.grad = p.grad.float()  # type: ignore[union-attr]
-        self.inner.param_groups = [group | {"params": [weight]}]
-        self.inner.state = defaultdict(dict, {weight: dict(state)} if state else {})
-        self.inner.step()
+        state = self.stepped(weight, group, state)
         seed = hash((self.seed, number, int(rounds), *_part(p))) & (2**63 - 1)
         generator = torch.Generator(p.device).manual_seed(seed)
         local(p).copy_(stochastic(local(weight.detach()), generator))
-        state.update(self.inner.state[weight], **{ROUNDS: rounds + 1})
-        self.inner.param_groups, self.inner.state = [], defaultdict(dict)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which would make the state bfloat16 like the weights."""
-        kept = {i: dict(s) for i, s in state_dict["state"].items()}
-        super().load_state_dict(state_dict)
-        order = [p for group in self.param_groups for p in group["params"]]
-        names = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(names, order, strict=True):
-            if i in kept:
-                self.state[p] = kept[i]
+        self.state[p] = {**state, ROUNDS: rounds + 1}
 
 
-def rounded(build: Build, seed: int) -> Build:
-    """What `build` would build, for weights that rest in bfloat16."""
+def rounded(build: Build, seed: int, *, host: bool = False) -> Build:
+    """What `build` would build, for weights that rest in bfloat16; host: its state in host memory."""
 
     def building(model: nn.Module) -> torch.optim.Optimizer:
         plain = build(model)
         # its groups say all that it was told
-        return Rounded(plain.param_groups, type(plain), seed)
+        return Rounded(plain.param_groups, type(plain), seed, host=host)
 
     return building
 

@@ -17,13 +17,20 @@ from .checkpoint import Checkpoints
 from .config import made, redacted, typed
 from .entry import guarded
 from .finish import finish, headline
+from .heartbeat import watched
 from .job import Job, Launch, build, processes, run_folder
 from .loop import Loop, State, resume
 from .meter import parameter_counts
+from .out_of_memory import explained
 from .preempt import EXIT_PREEMPTED, Preempt
 from .progress import Progress
-from .record import Record, open_folder, write_json
+from .pulse import Pulse
+from .record import Record, open_folder, sweep_of, write_json
+from .report.page import write
 from .track import Metrics
+
+# Bytes of metrics from which on a report takes longer than the end of a run should.
+LARGE = 4 * 2**20
 
 
 def train(cfg: DictConfig, launch: Launch) -> int:
@@ -37,8 +44,13 @@ def train(cfg: DictConfig, launch: Launch) -> int:
             Progress(rank=launch.rank) as shown,
         ):
             folder = agree_folder(config)
-            job = build(config, launch, device)
-            return _run(job, folder, preempt, shown)
+            with explained(config, folder):
+                job, pulse = build(config, launch, device), Pulse()
+            every_s, timeout_s = config.heartbeat_s, config.timeout_s
+            with watched(
+                folder / "heartbeat", pulse, job.layout.traffic, preempt, every_s=every_s, timeout_s=timeout_s
+            ):
+                return _run(job, folder, preempt, shown, pulse)
 
     return guarded(work, launch)
 
@@ -70,27 +82,31 @@ def agree_folder(cfg: DictConfig) -> Path:
     return ranks.exchange(lambda: run_folder(cfg, datetime.datetime.now()), make)
 
 
-def _run(job: Job, folder: Path, preempt: Preempt, shown: Progress) -> int:
+def _run(job: Job, folder: Path, preempt: Preempt, shown: Progress, pulse: Pulse) -> int:
     notes: list[str] = []
+    # the header comes first; what is told later, maybe by the thread that saves, is shown as it comes
+    tell = notes.append
     checkpoints = Checkpoints(
         folder / "checkpoints",
         keep=job.cfg.checkpoint.keep,
+        permanent=job.cfg.checkpoint.permanent,
         asynchronous=job.cfg.checkpoint.asynchronous,
-        warn=notes.append,
+        warn=lambda line: tell(line),
     )
     state = resume(job, checkpoints, job.cfg.resume)
     record = _record(job, folder, state, shown)
-    loop = Loop(job, record, checkpoints, preempt, state, folder)
+    loop = Loop(job, record, checkpoints, preempt, state, folder, pulse)
     if dist.get_rank() == 0:
         shown.start(facts(loop, folder))
         for note in notes:
             shown.note(note)
+        tell = shown.note
         write_json(folder / "status.json", {"state": "running", "step": state.step})
     if state.step >= job.cfg.train.steps:
         record.note(
             f"already trained to step {state.step}; raise train.steps to go on, or take another run.name"
         )
-    with _failures_told(folder, state):
+    with _failures_told(job, folder, record, state), explained(job.cfg, folder, job.model):
         stopped = loop.run()
         code = EXIT_PREEMPTED if stopped is not None else 0
         summary: dict[str, Any] = {"state": f"stopped by signal {stopped}"}
@@ -98,18 +114,20 @@ def _run(job: Job, folder: Path, preempt: Preempt, shown: Progress) -> int:
             summary = finish(loop, folder, complete=state.step >= job.cfg.train.steps)
     if dist.get_rank() == 0:
         write_json(folder / "status.json", {"state": summary["state"], "step": state.step, "exit": code})
-        if stopped is None:
-            shown.summary(headline(loop, summary, folder))
         assert record.metrics and record.tracker
         record.metrics.close()
+        if stopped is None:
+            _report(job, folder, record)
+            shown.summary(headline(loop, summary, folder))
+        record.tracker.table("evaluations", state.evals)
         record.tracker.summary({k: v for k, v in summary.items() if isinstance(v, float | int | str)})
         record.tracker.finish(code)
     return code
 
 
 @contextmanager
-def _failures_told(folder: Path, state: State) -> Iterator[None]:
-    """Says in status.json why a run failed, if the disk still takes it."""
+def _failures_told(job: Job, folder: Path, record: Record, state: State) -> Iterator[None]:
+    """Says in status.json and the report why a run failed, if the disk still takes it."""
     try:
         yield
     except Exception as error:
@@ -117,7 +135,21 @@ def _failures_told(folder: Path, state: State) -> Iterator[None]:
             with suppress(OSError):
                 failed = {"state": f"failed: {one_line(error)}", "step": state.step}
                 write_json(folder / "status.json", failed)
+            _report(job, folder, record)
         raise
+
+
+def _report(job: Job, folder: Path, record: Record) -> None:
+    """Writes report.html on rank 0, if asked to; what goes wrong with it is only told."""
+    if not job.cfg.report:
+        return
+    if (folder / "metrics.jsonl").stat().st_size > LARGE:
+        record.note(f"the run is long, so its report is left to you: longspan report run={folder}")
+        return
+    try:
+        write([folder])
+    except Exception as error:
+        record.note(f"report.html was not written: {one_line(error)}")
 
 
 def _record(job: Job, folder: Path, state: State, shown: Progress) -> Record:
@@ -136,12 +168,15 @@ def _record(job: Job, folder: Path, state: State, shown: Progress) -> Record:
             raise OSError(f"run.dir={folder} cannot be written: {error.strerror or error}") from error
         try:
             tracker = made(job.cfg.track)(
-                run_dir=folder, name=folder.name, config=config, resume=state.step > 0, env=env
-            )
+                run_dir=folder, name=folder.name, config=config, resume=state.step > 0, env=env,
+                sweep=sweep_of(folder, Path(job.cfg.run.root)),
+            )  # fmt: skip
         except Exception:
             metrics.close()
             raise
-        return Record(0, shown, metrics, tracker)
+        record = Record(0, shown, metrics, tracker, folder)
+        record.started(state.step, dist.get_world_size())
+        return record
 
     return job.ranks.together(opened)
 

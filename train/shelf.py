@@ -24,14 +24,15 @@ class Entry:
 class Shelf:
     """Checkpoints as folders `step-00000120`, of which the last `keep` stay; `latest` names the newest.
 
+    Those of steps that `permanent` divides (0: of none) stay besides, and are never deleted.
     One process changes it. A kill at any moment leaves only whole checkpoints under such names: a new one is
     renamed from `.tmp-*`, an old one is renamed to `.trash-*` before it is deleted, and one that is saved a
     second time waits as `.aside-step-*`, and counts, until its successor stands in its place.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, permanent: int = 0) -> None:
         self.folder = folder
-        self._keep = keep
+        self._keep, self._permanent = keep, permanent
 
     def entries(self) -> list[Entry]:
         """All checkpoints, the one saved last first; those without a readable manifest come before."""
@@ -75,7 +76,8 @@ class Shelf:
             raise
 
     def tidy(self) -> list[str]:
-        """Removes all but the last `keep` checkpoints and what dead runs left; returns what went wrong.
+        """Removes all but the last `keep` checkpoints, those that are permanent, and what dead runs left;
+        returns what went wrong.
 
         An incomplete folder counts for nothing and stays, to be looked at, until all that are kept are later.
         """
@@ -84,6 +86,21 @@ class Shelf:
         except OSError as error:
             return [f"{self.folder} cannot be tidied: {error}"]
         return [problem for path in unwanted for problem in self.discard(path)]
+
+    def make_room(self) -> str | None:
+        """Removes, for a disk that is full, what is wanted least, and says what: what dead runs left, else
+        the oldest checkpoint. None if nothing can go: the last one and permanent ones stay.
+        """
+        try:
+            whole = [entry for entry in self.entries() if entry.complete]
+            spare = [entry.folder for entry in whole[:0:-1] if not self._stays(entry)]
+            for path in (*self._unwanted(), *spare):
+                self._remove(path)
+                return path.name
+        except OSError:
+            # a folder that cannot be changed gives no room
+            return None
+        return None
 
     def discard(self, path: Path) -> list[str]:
         """Deletes a folder or file, if it is there; returns what went wrong."""
@@ -96,12 +113,16 @@ class Shelf:
     def _unwanted(self) -> list[Path]:
         entries = self.entries()
         complete = [entry for entry in entries if entry.complete]
-        kept = complete[: self._keep]
-        oldest = min((entry.step for entry in kept), default=0)
+        last = [entry for entry in complete if not self._stays(entry)][: self._keep]
+        kept = last + [entry for entry in complete if self._stays(entry)]
+        oldest = min((entry.step for entry in last), default=0)
         unwanted = [e.folder for e in entries if e not in kept and (e.complete or e.step < oldest)]
         standing = {entry.folder for entry in entries}
         leftover = (".tmp-", ".trash-", ".aside-")
         return unwanted + [p for p in self._paths() if p.name.startswith(leftover) and p not in standing]
+
+    def _stays(self, entry: Entry) -> bool:
+        return self._permanent > 0 and entry.step % self._permanent == 0
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.iterdir()) if self.folder.exists() else []

@@ -6,26 +6,24 @@ import logging
 import math
 import os
 import secrets
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from configparser import ConfigParser
-from configparser import Error as ConfigError
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .checkout import git_state
+from .login import Mode, choose_mode
+from .wandb_file import last_step
 
 if TYPE_CHECKING:
     from wandb import Run
 
 Value = float | int | str
-Mode = Literal["auto", "offline", "online", "disabled"]
 REQUIRED = ("loss", "grad_norm", "tokens", "tokens_per_s")
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -64,7 +62,7 @@ class Metrics:
             raise ValueError(f"step {step} of {self.path.name} lacks {', '.join(missing)}")
         if step <= self._last:
             raise ValueError(f"step {step} of {self.path.name} comes after {self._last}: steps must rise")
-        row = {"step": step, **{name: _json_value(name, value) for name, value in values.items()}}
+        row = {"step": step, **{name: json_value(name, value) for name, value in values.items()}}
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         written = self._file.write(line)
         if written != len(line):
@@ -72,6 +70,12 @@ class Metrics:
             self._file.truncate(self._file.tell() - written)
             raise OSError(f"{self.path} took {written} of the {len(line)} bytes of step {step}: disk full?")
         self._last = step
+
+    def back(self, step: int) -> None:
+        """Drops the lines of later steps, which will be written again. OSError if it cannot be written."""
+        self._file.close()
+        self._last = _cut(self.path, step)
+        self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
         self._file.close()
@@ -86,7 +90,8 @@ def _value(stored: Value) -> Value:
     return NON_FINITE.get(stored, stored) if isinstance(stored, str) else stored
 
 
-def _json_value(name: str, value: Value) -> Value:
+def json_value(name: str, value: Value) -> Value:
+    """What stands for a value in a line of JSON. ValueError for one that is no number or string."""
     if not isinstance(value, float | int | str):
         raise ValueError(f"metric {name} is a {type(value).__name__}: give a float, an int or a str")
     if isinstance(value, float) and not math.isfinite(value):
@@ -132,6 +137,8 @@ class Tracker(Protocol):
 
     def log(self, step: int, values: Mapping[str, Value]) -> None: ...
     def picture(self, name: str, path: Path) -> None: ...
+    def table(self, name: str, rows: Sequence[Mapping[str, Value]]) -> None: ...
+    def checkpoint(self, step: int, folder: Path) -> None: ...
     def summary(self, values: Mapping[str, Value]) -> None: ...
     def finish(self, exit_code: int, timeout: float = 20.0) -> None: ...
 
@@ -148,6 +155,7 @@ class Nothing:
         config: dict[str, Any],
         resume: bool,
         env: Mapping[str, str],
+        sweep: str | None = None,
     ) -> None:
         if mode not in ("auto", "disabled"):
             raise ValueError(
@@ -157,6 +165,8 @@ class Nothing:
 
     def log(self, step: int, values: Mapping[str, Value]) -> None: ...
     def picture(self, name: str, path: Path) -> None: ...
+    def table(self, name: str, rows: Sequence[Mapping[str, Value]]) -> None: ...
+    def checkpoint(self, step: int, folder: Path) -> None: ...
     def summary(self, values: Mapping[str, Value]) -> None: ...
     def finish(self, exit_code: int, timeout: float = 20.0) -> None: ...
 
@@ -183,9 +193,13 @@ class Wandb:
         config: dict[str, Any],
         resume: bool,
         env: Mapping[str, str],
+        sweep: str | None = None,
+        checkpoints: bool = False,
         capacity: int = 4096,
     ) -> None:
-        """config: resolved and redacted; env: the process's environment; capacity: records the queue holds.
+        """config: resolved and redacted; env: the process's environment; sweep: that the run is one of, whose
+        name is the group where none is given; checkpoints: each is an artifact that refers to its folder;
+        capacity: records the queue holds.
 
         Raises ValueError for an unknown mode and for mode=online without a login.
         """
@@ -193,6 +207,7 @@ class Wandb:
         self.url: str | None = None
         self.dropped = self._offered = self._done = 0
         self._exit_code = self._step = 0
+        self._held = -1
         self._warned = False
         self._thread: Thread | None = None
         self._records: Queue[Callable[[Run], object] | None] = Queue(capacity)
@@ -201,23 +216,26 @@ class Wandb:
         self._identity: dict[str, Any] = {
             "project": project,
             "entity": entity,
-            "group": group,
+            "group": group or sweep,
             "tags": list(tags),
             "dir": str(run_dir),
-            "name": name,
+            "name": f"{sweep}/{name}" if sweep else name,
             "id": _run_id(run_dir / "wandb_id.txt", resume),
             "resume": "allow",
         }
+        self._resumed, self._checkpoints = resume, checkpoints
         self._thread = Thread(target=self._work, args=(config, dict(env)), name="wandb", daemon=True)
         self._thread.start()
         # For a process that ends, by an error, without calling finish.
         atexit.register(self.finish, 1)
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
-        """One row of history; rows of a step that W&B already holds are refused there, silently."""
+        """One row of history. W&B takes none back: what it holds of a step stays, and is not sent again by a
+        run that was resumed from an earlier one.
+        """
         self._step = step
         row = {"step": step, **values}
-        self._put(lambda run: run.log(row, step=step))
+        self._put(lambda run: self._add(run, row, step))
 
     def picture(self, name: str, path: Path) -> None:
         step = self._step
@@ -226,9 +244,39 @@ class Wandb:
             import wandb
 
             kind = wandb.Video if path.suffix == ".mp4" else wandb.Image
-            run.log({name: kind(str(path))}, step=step)
+            self._add(run, {name: kind(str(path))}, step)
 
         self._put(show)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Value]]) -> None:
+        """A table with the columns of the first row."""
+        step, names = self._step, list(rows[0]) if rows else []
+        data = [[row.get(name) for name in names] for row in rows]
+
+        def show(run: "Run") -> None:
+            import wandb
+
+            self._add(run, {name: wandb.Table(columns=[*names], data=data)}, step)
+
+        if rows:
+            self._put(show)
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """Refers to a checkpoint, which stays where it is, if track.checkpoints asks for it."""
+        uri, name = folder.absolute().as_uri(), f"checkpoint-{self._identity['id']}" if self._thread else ""
+
+        def show(run: "Run") -> None:
+            import wandb
+
+            if not folder.exists():
+                # a newer one has taken its place
+                return
+            artifact = wandb.Artifact(name, type="checkpoint", metadata={"step": step})
+            artifact.add_reference(uri, name=folder.name, checksum=False)
+            run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
+
+        if name and self._checkpoints:
+            self._put(show)
 
     def summary(self, values: Mapping[str, Value]) -> None:
         row = dict(values)
@@ -254,6 +302,10 @@ class Wandb:
             end = f"did not end within {timeout:g} s" if hangs else "has ended"
             lost = f"lost {self.dropped} of {self._offered} records"
             _say(f"wandb {end}, {lost}; metrics.jsonl has everything")
+
+    def _add(self, run: "Run", row: Mapping[str, Any], step: int) -> None:
+        if step > self._held:
+            run.log(dict(row), step=step)
 
     def _put(self, record: "Callable[[Run], object]") -> None:
         if self._thread is None:
@@ -300,8 +352,12 @@ class Wandb:
         # wandb is not to print, to prompt or to wrap stdout.
         settings = wandb.Settings(silent=True, quiet=True, console="off", init_timeout=30.0)
         wandb.setup(settings=settings)
+        number = self._identity["id"]
+        kept = last_step(Path(self._identity["dir"]) / "wandb", number) if self._resumed else -1
         try:
-            return wandb.init(**self._identity | {"mode": mode}, config=config, settings=settings)
+            run = wandb.init(**self._identity | {"mode": mode}, config=config, settings=settings)
+            self._held = max(kept, run.starting_step - 1) if self._resumed else -1
+            return run
         except Exception:
             # A helper process that failed to start a run does not let another use its id.
             wandb.teardown(1)
@@ -340,56 +396,3 @@ def _run_id(path: Path, resume: bool) -> str:
     fresh = secrets.token_hex(4)
     _replace(path, f"{fresh}\n".encode())
     return fresh
-
-
-def choose_mode(mode: Mode, env: Mapping[str, str]) -> str:
-    """offline, online or disabled; auto takes WANDB_MODE if it is one of them, else online if logged in."""
-    if mode not in get_args(Mode):
-        raise ValueError(f"track.mode={mode} is unknown: take one of {', '.join(get_args(Mode))}")
-    wanted = env.get("WANDB_MODE", "") if mode == "auto" else mode
-    if wanted == "online" and not logged_in(env):
-        where = "WANDB_MODE" if mode == "auto" else "track.mode"
-        raise ValueError(f"{where}=online needs a login: run `wandb login`, or take track.mode=offline")
-    if wanted in ("offline", "online", "disabled"):
-        return wanted
-    return "online" if logged_in(env) else "offline"
-
-
-def logged_in(env: Mapping[str, str]) -> bool:
-    """Whether wandb would find a key in `env`, the netrc file or its settings file. Touches no network."""
-    if env.get("WANDB_API_KEY") or env.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    home = Path(env.get("HOME") or Path.home())
-    host = urlsplit(env.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
-    files = [Path(env["NETRC"])] if env.get("NETRC") else [home / ".netrc", home / "_netrc"]
-    for file in files:
-        try:
-            if netrc(file).hosts.get(host):
-                return True
-        except (OSError, NetrcParseError):
-            # No file, or one that wandb could not use either.
-            continue
-    settings = ConfigParser(interpolation=None)
-    try:
-        settings.read(Path(env.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb") / "settings")
-    except ConfigError:
-        return False
-    return any(settings.get(part, "api_key", fallback="") for part in settings.sections())
-
-
-def git_state(folder: Path, env: Mapping[str, str]) -> dict[str, str | bool]:
-    """{"commit": ..., "dirty": ...} of the checkout that tracks `folder`; {} if there is none."""
-    plain = {name: value for name, value in env.items() if not name.startswith("GIT_")}
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
-        done = subprocess.run(command, env=plain, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout
-
-    try:
-        if not git("ls-files", "."):
-            return {}
-        dirty = bool(git("status", "--porcelain", "--untracked-files=no").strip())
-        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": dirty}
-    except (OSError, subprocess.SubprocessError):
-        return {}

@@ -35,6 +35,9 @@ def config_of(folder: Path, **groups: DictConfig) -> DictConfig:
     if OmegaConf.select(kept, "engine._target_") in INSTEAD:
         # without a step to make, FSDP shards weights as well, and a checkpoint is read into its shards
         kept.engine = {"_target_": FSDP}
+    if OmegaConf.select(kept, "memory.float8"):
+        # weights are plain ones, which any device can evaluate
+        kept.memory.float8 = False
     for name, group in groups.items():
         kept[name] = group
     return typed(kept)

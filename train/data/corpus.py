@@ -202,12 +202,13 @@ def _parquet(path: Path, name: str, field: str) -> Iterator[Document | Bad]:
             for batch in file.iter_batches(batch_size=256, columns=[field]):
                 for value in batch.column(field):
                     row += 1
-                    yield _cell(f"{name}:{row}", value)
+                    yield cell(f"{name}:{row}", value)
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} cannot be read beyond row {row}: {error}") from error
 
 
-def _cell(location: str, value: object) -> Document | Bad:
+def cell(location: str, value: object) -> Document | Bad:
+    """A record from a value of an Arrow column."""
     # pyarrow raises UnicodeDecodeError here for a string column that holds other bytes.
     try:
         content = value.as_py()  # type: ignore[attr-defined]

@@ -110,6 +110,13 @@ class Packed:
             offsets.append(at)
         return Sample(tokens, labels, previous, tuple(offsets))
 
+    def documents_of(self, index: int) -> list[int]:
+        """The documents of the corpus, by number, that the sample with this global index holds parts of."""
+        place = self._place(*divmod(index, len(self)))
+        pieces = self._members[self._bounds[place] : self._bounds[place + 1]]
+        found = np.searchsorted(self._store.starts, self._pieces.first[pieces], side="right") - 1
+        return [int(number) for number in np.unique(found)]
+
     def _place(self, epoch: int, position: int) -> int:
         if self._part == "held_out":
             return position
@@ -162,10 +169,10 @@ class Packed:
         }
 
 
-def permutation(seed: int, epoch: int, length: int) -> Ints:
-    """The order of an epoch, int64 `[length]`.
+def permutation(seed: int, epoch: int, length: int, *part: int) -> Ints:
+    """The order of an epoch, or of a part of one, int64 `[length]`.
 
     Sorts raw random bits: numpy promises those for ever, but not what `Generator.permutation` makes of them.
     """
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(length)
+    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch, *part])).random_raw(length)
     return np.argsort(bits, kind="stable")

@@ -79,3 +79,25 @@ class Dataset(Protocol):
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
         ...
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A data set that is read in order, so that a run goes on from where a checkpoint says."""
+
+    def state(self, index: int) -> dict[str, Any]:
+        """Where the sample with this global index begins, the same on every rank; can be written as JSON."""
+        ...
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes back what `state` gave: samples from that one on need none before."""
+        ...
+
+
+@runtime_checkable
+class Sourced(Protocol):
+    """A data set that knows where its samples are from."""
+
+    def documents_of(self, index: int) -> list[int]:
+        """The documents of the corpus, by number, that the sample with this global index holds parts of."""
+        ...

@@ -47,7 +47,11 @@ class TensorFile:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole array as it is stored, in memory."""
-        return torch.from_numpy(np.array(self._arrays[name])).view(self.dtype(name))
+        return self.part(name, ())
+
+    def part(self, name: str, box: tuple[slice, ...]) -> torch.Tensor:
+        """What is in the box of an array, as it is stored; of a safetensors file only that is read."""
+        return torch.from_numpy(np.array(self._arrays[name][box])).view(self.dtype(name))
 
     def row(self, name: str, i: int) -> Array:
         """Row i of an array, in memory."""

@@ -61,9 +61,14 @@ class Text(Packed):
         super().__init__(store, ids, plan, facts=facts)
 
 
+def allowed(records: int, budget: float) -> float:
+    """How many of so many records may be bad."""
+    return max(budget * records, _ALWAYS_ALLOWED if budget else 0)
+
+
 def _check_budget(store: Store, budget: float) -> None:
     bad, records = store.meta["bad"], store.meta["records"]
-    if bad <= max(budget * records, _ALWAYS_ALLOWED if budget else 0):
+    if bad <= allowed(records, budget):
         return
     root = Path(store.meta["root"])
     listed = store.meta["bad_records"]

@@ -106,7 +106,8 @@ def save_mp4(
     even[:, :high, :wide] = pages
     with av.open(str(path), "w", format="mp4") as film:
         stream = film.add_stream("libx264", Fraction(1000, round(1000 * frame_s)), {"crf": "14"})
-        stream.height, stream.width, stream.pix_fmt = *even.shape[1:3], "yuv420p"
+        stream.height, stream.width = high + high % 2, wide + wide % 2
+        stream.pix_fmt = "yuv420p"
         for page in even:
             film.mux(stream.encode(av.VideoFrame.from_ndarray(page, format="rgb24")))
         film.mux(stream.encode())

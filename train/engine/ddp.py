@@ -2,6 +2,7 @@
 ring x head.
 """
 
+import math
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from ...kernels.concrete import concrete
-from .protocol import Build
+from .protocol import Build, May
 from .states import load_state, saved_state, total_norm, update
 
 AXES = ("dp", "ring", "head")
@@ -60,9 +61,9 @@ class DDP:
             loss.backward()
         return loss.detach()
 
-    def step(self, lr: float, clip: float) -> float:
+    def step(self, lr: float, clip: float, may: May = math.isfinite) -> float:
         norm = total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        update(self.optimizer, lr, norm, clip)
+        update(self.optimizer, lr, norm, clip, may)
         return norm
 
     def save(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO under every layout: gradients over dp x ring x head, checkpoints as of every engine."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..integrations import needs_extra
 from ..rounding import Rounded
+from ..singly import Singly
 from .ddp import AXES
 from .fsdp import FORWARDS
-from .protocol import Build
+from .protocol import Build, May, Weights
 from .states import load_state, saved_state, total_norm, update
+from .zero_norm import asked
 from .zero_pieces import Pieces
 from .zero_settings import complete, read, settled
 
@@ -82,17 +85,21 @@ class DeepSpeed:
         self.engine.backward(loss * self._ranks)
         return loss.detach()
 
-    def step(self, lr: float, clip: float) -> float:
+    def step(self, lr: float, clip: float, may: May = math.isfinite) -> float:
         if not self.stage:
             norm = total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            update(self.optimizer, lr, norm, clip)
+            update(self.optimizer, lr, norm, clip, may)
             return norm
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.optimizer.clip_grad = clip
-        # with a norm that is not finite it changes no weight
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        with asked(self.engine.optimizer, self.stage, may) as norms:
+            self.engine.step()
+        if not norms:
+            # DeepSpeed found gradients that are not finite before it took their norm
+            norms.append(math.inf)
+            may(math.inf)
+        return norms[0]
 
     def save(self) -> dict[str, Any]:
         return self.pieces.save() if self.stage else saved_state(self.model, self.optimizer)
@@ -102,6 +109,9 @@ class DeepSpeed:
             self.pieces.load(state)
         else:
             load_state(self.model, self.optimizer, state)
+
+    def weights(self) -> Weights | None:
+        return self.pieces if self.stage == 3 else None
 
     def save_native(self, folder: Path, step: int) -> None:
         """DeepSpeed's `save_checkpoint`: pickles, which its ds_to_universal and zero_to_fp32 read."""
@@ -120,6 +130,10 @@ class DeepSpeed:
             raise ValueError(
                 "memory.weights is bfloat16, but engine=deepspeed keeps its own float32 weights: set it to "
                 "float32, or take engine=fsdp or ddp"
+            )
+        if isinstance(optimizer, Singly):
+            raise ValueError(
+                "memory.optimizer is host; with engine=deepspeed set engine.offload=true instead"
             )
         if own := self.config.get("optimizer"):
             if own.get("type") not in ("Adam", "AdamW"):

@@ -1,5 +1,6 @@
 """FSDP2: weights, gradients and optimizer state sharded over the ranks that share them."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
@@ -20,7 +21,8 @@ from torch.distributed.tensor import DTensor, Shard
 from ...kernels.concrete import concrete
 from ...models.gpt import GPT
 from ...parallel.mesh import spanned
-from .protocol import Build
+from ..singly import Singly
+from .protocol import Build, May
 from .states import load_state, saved_state, total_norm, update
 from .tensor_parallel import check, split
 
@@ -81,6 +83,8 @@ class FSDP:
             block.set_modules_to_backward_prefetch(blocks[max(0, i - self.prefetch) : i][::-1])
         assert isinstance(objective, FSDPModule)
         self.objective, self.model, self.optimizer = objective, model, build(model)
+        if isinstance(self.optimizer, Singly) and self.optimizer.host:
+            raise ValueError("memory.optimizer is host; with engine=fsdp set engine.offload=true instead")
 
     def backward(self, *inputs: Any, last: bool) -> Tensor:
         self.objective.set_requires_gradient_sync(last)
@@ -90,10 +94,10 @@ class FSDP:
         # ranks that share layers have the same loss
         return loss.detach() / self.shared
 
-    def step(self, lr: float, clip: float) -> float:
+    def step(self, lr: float, clip: float, may: May = math.isfinite) -> float:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = total_norm(grads)
-        update(self.optimizer, lr, norm, clip)
+        update(self.optimizer, lr, norm, clip, may)
         return norm
 
     def save(self) -> dict[str, Any]:
@@ -121,14 +125,15 @@ class FSDP:
         return DeviceMesh(kind, ranks, mesh_dim_names=names), None
 
     def _shard(self, module: nn.Module, over: DeviceMesh, reshard: bool) -> None:
-        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
+        # on the CPU nothing can be pinned, nor need it be
+        pinned = CPUOffloadPolicy(pin_memory=over.device_type != "cpu")
         fully_shard(
             module,
             mesh=over,
             reshard_after_forward=reshard,
             shard_placement_fn=partial(_apart, over.shape[-1]),
             mp_policy=self.precision,
-            offload_policy=offload,
+            offload_policy=pinned if self.offload else OffloadPolicy(),
         )
 
 

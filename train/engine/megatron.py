@@ -1,19 +1,21 @@
 """megatron-core under every layout: its layers and tensor parallelism, its process groups over our mesh."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from ...models.gpt import GPT
 from ..integrations import needs_extra, sum_gradients
 from .ddp import AXES
 from .megatron_parts import parts_of
-from .protocol import Build
-from .states import load_state, saved_state, update
+from .protocol import Build, May, Weights
+from .states import load_state, saved_state, total_norm, update
 from .tensor_parallel import check
 
 
@@ -49,21 +51,21 @@ class Megatron:
             p.whole_numel = sum(weights[part].numel() for part in own)  # type: ignore[attr-defined]
             if parts[0].dim is not None:
                 self.cut.add(p)
-        self.weights = mesh[AXES]._flatten("weights").get_group() if dist.get_world_size() > 1 else None
+        self.group = mesh[AXES]._flatten("weights").get_group() if dist.get_world_size() > 1 else None
         self.optimizer = build(model)
 
     def backward(self, *inputs: Any, last: bool) -> Tensor:
         loss: Tensor = self.objective(*inputs)
         loss.backward()
         if last:
-            sum_gradients(self.model, self.weights)
+            sum_gradients(self.model, self.group)
             self._sum_of_heads()
         # ranks that share layers have the same loss
         return loss.detach() / self.tp.size()
 
-    def step(self, lr: float, clip: float) -> float:
-        norm = self._norm()
-        update(self.optimizer, lr, norm, clip)
+    def step(self, lr: float, clip: float, may: May = math.isfinite) -> float:
+        norm = total_norm([self._grad(p) for p in self.model.parameters() if p.grad is not None])
+        update(self.optimizer, lr, norm, clip, may)
         return norm
 
     def save(self) -> dict[str, Any]:
@@ -86,6 +88,26 @@ class Megatron:
             # one parameter, which the optimizer knows by its first name
             optim.pop("head.weight", None)
         return {"model": model, "optim": optim}
+
+    def weights(self) -> Weights | None:
+        return self
+
+    def held(self) -> dict[str, Tensor]:
+        """The parameters by Megatron's names."""
+        return dict(self.model.named_parameters())
+
+    def named(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By the names of checkpoints, of tensors like the parameters."""
+        parts = [part for name, x in like.items() for part in self.names.parts(name, x)]
+        skipped = "head.weight" if self.names.tied else ""
+        return {part.name: self.names.whole(part) for part in parts if part.name != skipped}
+
+    def take(self, like: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
+        """Fills tensors that are like the parameters."""
+        self._fill(dict(like), dict(named))
+
+    def changed(self) -> None:
+        """Nothing else holds weights."""
 
     def load(self, state: dict[str, Any]) -> None:
         raw = saved_state(self.model, self.optimizer)
@@ -125,15 +147,11 @@ class Megatron:
             if ("q_layernorm" in name or "k_layernorm" in name) and p.grad is not None:
                 dist.all_reduce(p.grad, group=self.tp.get_group())
 
-    def _norm(self) -> float:
-        """The 2-norm of all gradients, of which tensor-parallel ranks hold parts."""
-        squares = torch.zeros(2, device=next(self.model.parameters()).device)
-        for p in self.model.parameters():
-            if p.grad is not None:
-                squares[int(p in self.cut)] += p.grad.float().square().sum()
-        if self.tp.size() > 1:
-            dist.all_reduce(squares[1:], group=self.tp.get_group())
-        return float(squares.sum().sqrt())
+    def _grad(self, p: nn.Parameter) -> Tensor:
+        """A gradient, as a DTensor where tensor-parallel ranks hold parts of it."""
+        assert p.grad is not None
+        parts = self.tp.size() > 1 and p in self.cut
+        return DTensor.from_local(p.grad, self.tp, [Shard(0)], run_check=False) if parts else p.grad
 
 
 def _whole_gradient(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ...kernels.mask import Mask
 from ...models.block import Attend
 from ...models.gpt import GPT, Block
 from ...models.rope import rotate
-from ..integrations import needs_extra
+from ..integrations import heads_of, needs_extra
 from .tensor_parallel import rows_of
 
 
@@ -39,17 +39,15 @@ class Attending(nn.Module):
     rank. Megatron calls the constructor with more than it needs.
     """
 
-    def __init__(self, *_: Any, rank: int, kv_heads: int, **__: Any) -> None:
+    def __init__(self, *_: Any, rank: int, ranks: int, kv_heads: int, **__: Any) -> None:
         super().__init__()
-        self.rank, self.kv_heads = rank, kv_heads
+        self.rank, self.ranks, self.kv_heads = rank, ranks, kv_heads
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **named: Any) -> Tensor:
         """q [T, B, Hq, D], k, v [T, B, Hkv, D] -> [T, B, Hq * D]."""
         given: Given = named["packed_seq_params"]
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-        held, mask = k.shape[2], given.mask
-        if held < self.kv_heads and mask.per_head:
-            mask = mask.heads(range(self.rank * held, (self.rank + 1) * held), self.kv_heads)
+        mask = heads_of(given.mask, self.rank, self.ranks, k.shape[2], self.kv_heads)
         out = given.attend(rotate(q, given.angles), rotate(k, given.angles), v, mask)
         return out.transpose(0, 1).flatten(2)
 
@@ -219,7 +217,7 @@ def parts_of(model: GPT, tp: DeviceMesh, context: int) -> tuple[Names, Table, li
         apply_rope_fusion=False, params_dtype=model.embed.weight.dtype,
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    own = {"rank": tp.get_local_rank(), "kv_heads": model.kv_heads}
+    own = {"rank": tp.get_local_rank(), "ranks": tp.size(), "kv_heads": model.kv_heads}
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(module=Attending, params=own)
     tied = model.head.weight is model.embed.weight
     made = GPTModel(

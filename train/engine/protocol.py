@@ -2,7 +2,8 @@
 update, its state.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 Build = Callable[
     [nn.Module], torch.optim.Optimizer
 ]  # an optimizer over the parameters as the engine left them
+
+May = Callable[[float], bool]
 
 
 class Engine(Protocol):
@@ -32,10 +35,12 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, lr: float, clip: float) -> float:
+    def step(self, lr: float, clip: float, may: May = math.isfinite) -> float:
         """One optimizer step at this learning rate, with gradients scaled down to the norm `clip` if theirs
-        is greater (0: never). Returns the norm before; with one that is not finite no weight changes. Clears
-        the gradients.
+        is greater (0: never). Returns the norm before. Clears the gradients.
+
+        may: is asked once, on every rank, with that norm; if it says no, neither weights nor the optimizer's
+        state change.
         """
         ...
 
@@ -56,4 +61,33 @@ class Native(Protocol):
 
     def save_native(self, folder: Path, step: int) -> None:
         """Writes one into `folder`, if the engine was asked to. All ranks call it, after a step."""
+        ...
+
+
+class Weights(Protocol):
+    """What a rank holds of a model's weights, where these are not parameters under their names."""
+
+    def held(self) -> dict[str, Tensor]:
+        """Float32 tensors, by names of their own."""
+        ...
+
+    def named(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors that are like those of `held`, put together by parameter name, for a checkpoint."""
+        ...
+
+    def take(self, like: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
+        """Fills them from what `named` gave."""
+        ...
+
+    def changed(self) -> None:
+        """To be called when what `held` gave was written to, before the model is used."""
+        ...
+
+
+@runtime_checkable
+class Apart(Protocol):
+    """An engine that takes weights apart."""
+
+    def weights(self) -> Weights | None:
+        """None if they are the model's parameters after all."""
         ...

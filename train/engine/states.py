@@ -17,17 +17,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
+from .protocol import May
 
-def update(optimizer: torch.optim.Optimizer, lr: float, norm: float, clip: float = 0.0) -> None:
+
+def update(
+    optimizer: torch.optim.Optimizer, lr: float, norm: float, clip: float = 0.0, may: May = math.isfinite
+) -> None:
     """A step of the optimizer, with gradients scaled down to the norm `clip` if theirs, `norm`, is greater
-    (0: never), unless it is not finite; clears them.
+    (0: never), if `may` allows one of this norm; clears them.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
         for p in group["params"] if clip and norm > clip else ():
             if p.grad is not None:
                 local(p.grad).mul_(clip / (norm + 1e-6))
-    if math.isfinite(norm):
+    if may(norm):
         optimizer.step()
     optimizer.zero_grad()
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from ...kernels.loss import Rows
 from ...models.gpt import GPT, Block
+from ..integrations import heads_of
 from .shared_tokens import SharedTokens
 
 WHOLE, COLUMNS, ROWS = Replicate(), Shard(0), Shard(1)
@@ -101,11 +102,11 @@ def _split_block(block: Block, mesh: DeviceMesh, tokens: SharedTokens, kv_heads:
         _place(norm, mesh, WHOLE)
         _local(norm, addends=True)
     each = kv_heads // tokens.size
-    own = range(tokens.rank * each, (tokens.rank + 1) * each)
 
     def entered(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, angles, attend, mask = args
-        return tokens.join(x), angles, attend, mask.heads(own, kv_heads) if mask.per_head else mask
+        own = heads_of(mask, tokens.rank, tokens.size, each, kv_heads)
+        return tokens.join(x), angles, attend, own
 
     attention.register_forward_pre_hook(entered)
     mlp.register_forward_pre_hook(lambda _, args: (tokens.join(args[0]),))

@@ -2,7 +2,7 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,14 @@ class Piece(NamedTuple):
     at: int
     first: int
     length: int
+
+
+# Of a flat tensor what is kept with it: the weights themselves, a moment, an average.
+Alike = Callable[[Tensor], Tensor]
+
+
+def _itself(flat: Tensor) -> Tensor:
+    return flat
 
 
 class Pieces:
@@ -55,7 +63,7 @@ class Pieces:
                 model[name] = x
                 continue
             if id(x) not in whole:
-                whole[id(x)] = self._shared(self._gather(x, None)) if self.stage == 3 else x.detach()
+                whole[id(x)] = self._shared(self._gather(x)) if self.stage == 3 else x.detach()
             model[name] = whole[id(x)]
         optim = {name: self._state(p) for name, p in self.model.named_parameters()}
         return {"model": model, "optim": optim}
@@ -71,10 +79,41 @@ class Pieces:
                 key: torch.zeros_like(flat) if like.ndim else like.clone() for key, like in self.blank.items()
             }
         for name, p in self.model.named_parameters():
-            self._put(p, None, state["model"][name])
+            self._put(p, state["model"][name])
             for key, value in state["optim"][name].items():
-                self._put(p, key, value)
+                if self.blank[key].ndim:
+                    self._put(p, value, self._kept(key))
+                else:
+                    self._count(key, value)
         self._spread()
+
+    def held(self) -> dict[str, Tensor]:
+        """The flat float32 weights, by their number."""
+        return {str(i): flat for i, flat in enumerate(self._flats())}
+
+    def named(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each parameter as `save` gives it, of tensors like those of `held`."""
+        alike = self._alike(like)
+        return {name: self._shared(self._gather(p, alike)) for name, p in self.model.named_parameters()}
+
+    def take(self, like: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
+        """Fills what is like `held`."""
+        alike = self._alike(like)
+        for name, p in self.model.named_parameters():
+            self._put(p, named[name], alike)
+
+    def changed(self) -> None:
+        """The flat weights into the model's."""
+        self._spread()
+
+    def _alike(self, like: Mapping[str, Tensor]) -> Alike:
+        """What is like a flat tensor, of those that are like all of them."""
+        numbers = {id(flat): name for name, flat in self.held().items()}
+        return lambda flat: like[numbers[id(flat)]]
+
+    def _kept(self, key: str) -> Alike:
+        """The optimizer's state of a flat tensor."""
+        return lambda flat: self.zero.optimizer.state[flat][key]
 
     def _state(self, p: nn.Parameter) -> dict[str, Tensor]:
         flats = list(self._flats())
@@ -83,34 +122,32 @@ class Pieces:
         for key, like in self.blank.items():
             if like.ndim:
                 blank = torch.zeros(shape_of(p), device=p.device)
-                state[key] = self._shared(self._gather(p, key) if kept else blank)
+                state[key] = self._shared(self._gather(p, self._kept(key)) if kept else blank)
             else:
                 state[key] = torch.tensor(float(kept.get(key, like)))
         return state
 
-    def _gather(self, p: nn.Parameter, key: str | None) -> Tensor:
-        """The whole weight or state, on every rank: all but one rank add zero to each element."""
+    def _gather(self, p: nn.Parameter, alike: Alike = _itself) -> Tensor:
+        """The whole weight, or what is like it, on every rank: all but one add zero to each element."""
         shape = shape_of(p)
         whole = torch.zeros(shape, dtype=torch.float32, device=p.device)
         if (piece := self._piece(p)) is not None:
-            held = piece.flat if key is None else self.zero.optimizer.state[piece.flat][key]
-            whole.view(-1)[piece.first : piece.first + piece.length] = held.detach()[
-                piece.at : piece.at + piece.length
-            ]
+            held = alike(piece.flat).detach()[piece.at : piece.at + piece.length]
+            whole.view(-1)[piece.first : piece.first + piece.length] = held
         dist.all_reduce(whole, group=self.weights.get_group())
         return whole
 
     @torch.no_grad()
-    def _put(self, p: nn.Parameter, key: str | None, value: Tensor) -> None:
+    def _put(self, p: nn.Parameter, value: Tensor, alike: Alike = _itself) -> None:
         whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if key is not None and not self.blank[key].ndim:
-            for flat in self._flats():
-                self.zero.optimizer.state[flat][key] = int(whole) if self.counts else whole.clone()
-        elif (piece := self._piece(p)) is not None:
-            held = piece.flat if key is None else self.zero.optimizer.state[piece.flat][key]
-            held[piece.at : piece.at + piece.length] = whole.reshape(-1)[
-                piece.first : piece.first + piece.length
-            ]
+        if (piece := self._piece(p)) is not None:
+            own = whole.reshape(-1)[piece.first : piece.first + piece.length]
+            alike(piece.flat)[piece.at : piece.at + piece.length] = own
+
+    def _count(self, key: str, value: Tensor) -> None:
+        """What is one number for all parameters, such as the count of steps."""
+        for flat in self._flats():
+            self.zero.optimizer.state[flat][key] = int(value) if self.counts else value.clone()
 
     def _piece(self, p: nn.Parameter) -> Piece | None:
         """None: this rank holds no element of it."""

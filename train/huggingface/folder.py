@@ -10,10 +10,13 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ...models.gpt import GPT
 from ...models.lora import own_weights
 from ..data.tensorfile import TensorFile
+from ..engine.states import local
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -22,6 +25,8 @@ BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+# Rows of two tensors that are compared at a time.
+_ROWS = 1024
 KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 TOP = {
     "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
@@ -70,6 +75,10 @@ class Folder:
         """One tensor, as it is stored."""
         return self._files[name].tensor(name)
 
+    def part(self, name: str, box: tuple[slice, ...]) -> Tensor:
+        """What is in the box of one tensor, as it is stored; nothing else of it is read."""
+        return self._files[name].part(name, box)
+
     def check(self, shapes: Mapping[str, Sequence[int]], *, tied: bool) -> None:
         """ValueError unless the folder holds these tensors and no others, all of a floating type. A tied
         model's output layer may be there too, if it equals the embedding.
@@ -85,12 +94,7 @@ class Folder:
                 wrong.append(f"{name} is {list(here)}, not {list(shapes[name])}")
             elif not self.dtype(name).is_floating_point:
                 wrong.append(f"{name} is of {self.dtype(name)}")
-        if (
-            tied
-            and not wrong
-            and head in self._files
-            and not torch.equal(self.tensor(head), self.tensor(embed))
-        ):
+        if tied and not wrong and head in self._files and not self._equal(head, embed):
             wrong.append(f"{head} differs from {embed}, although tie_word_embeddings is true")
         if wrong:
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
@@ -98,13 +102,23 @@ class Folder:
 
     @torch.no_grad()
     def load(self, model: GPT) -> None:
-        """Copies all weights into a model of the folder's settings, tensor by tensor, in the model's dtype.
-        What adapts it (LoRA) stays. ValueError if they do not fit, and then nothing is changed.
+        """Copies all weights into a model of the folder's settings, tensor by tensor, in the model's dtype;
+        of what ranks share, each reads only what it holds. What adapts the model (LoRA) stays. ValueError if
+        they do not fit, and then nothing is changed.
         """
         weights = own_weights(model)
         self.check(shapes_of(model), tied=model.head.weight is model.embed.weight)
         for own, p in weights.items():
-            p.copy_(self.tensor(name_of(own)))
+            if (here := local(p)).numel():
+                here.copy_(self.part(name_of(own), box_of(p)))
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two tensors are the same, of which a few rows are in memory at a time."""
+        rows = self._files[one].shape(one)[0]
+        boxes = ((slice(first, first + _ROWS),) for first in range(0, rows, _ROWS))
+        return self._files[one].shape(one) == self._files[other].shape(other) and all(
+            torch.equal(self.part(one, box), self.part(other, box)) for box in boxes
+        )
 
     def _paths(self) -> list[Path]:
         index = self.path / INDEX
@@ -124,6 +138,14 @@ class Folder:
         if missing := [path.name for path in paths if not path.is_file()]:
             raise FileNotFoundError(f"{self.path} lacks {', '.join(missing[:4])}, which its {INDEX} names")
         return paths
+
+
+def box_of(x: Tensor) -> tuple[slice, ...]:
+    """Which part of a tensor is held here; all of one that ranks do not share."""
+    if not isinstance(x, DTensor):
+        return ()
+    sizes, first = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    return tuple(slice(a, a + n) for a, n in zip(first, sizes, strict=True))
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
