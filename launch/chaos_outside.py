@@ -62,8 +62,9 @@ def stuck(fault: Fault, bench: Bench) -> Row:
     answer = f"stopped after {len(lives)} starts"
     promise = Promise(KILLED, equal=None, lost=1)
     row = bench.row(fault.name, fault.what, answer, lives, promise, lost=0)
-    broken = "" if len(lives) == RESTARTS + 1 else f"{len(lives)} starts"
     # that the last one is killed as well is the fault
+    wrong = [life.code for life in lives if life.code not in KILLED]
+    broken = f"exit codes {wrong}" if wrong else "" if len(lives) == RESTARTS + 1 else f"{len(lives)} starts"
     return replace(row, said=said, broken=broken)
 
 

@@ -46,8 +46,8 @@ def curves(
 def over_gpus(
     job: Shape, ways: Ways, gpus: int, on: Machine, room_gib: float, learned: Learned
 ) -> list[Point]:
-    """On an eighth of the job's devices to four times as many. ways: of a number of devices, so many a
-    machine.
+    """One sequence on all of an eighth of the job's devices to four times as many. ways: of a number of
+    devices, so many a machine.
     """
     counts = [n for eighth in (1, 2, 4, 8, 16, 32) if (n := gpus * eighth // 8)]
     found = []
@@ -55,7 +55,8 @@ def over_gpus(
         node = min(on.node, count)
         if count % node == 0:
             there = replace(on, node=node)
-            found += _cheapest(job, ways(count, node), there, room_gib, learned)
+            whole = (way for way in ways(count, node) if way.dp == way.micro == 1)
+            found += _cheapest(job, whole, there, room_gib, learned)
     return found
 
 
@@ -99,11 +100,13 @@ def draw(
         _lines(parts["counts"], {p.gpus: str(p.gpus) for p in counts}, [(p.gpus, p) for p in counts])
         parts["lengths"].axvline(job.tokens, color=FAINT, linewidth=0.8, linestyle=":")
         parts["lengths"].set_xlabel("tokens of a sequence (dotted: this job's)")
-        parts["counts"].set_xlabel(f"devices, for sequences of {_tokens(job.tokens)} tokens")
+        parts["counts"].set_xlabel(f"devices that share a sequence of {_tokens(job.tokens)} tokens")
         parts["lengths"].set_title(
             "cost against the cheapest layout; a line ends where it cannot fit", loc="left", fontsize=10
         )
-        parts["counts"].set_title("under the axes: device-seconds of the cheapest", loc="left", fontsize=10)
+        parts["counts"].set_title(
+            "under both axes: device-seconds of a million tokens, of the cheapest", loc="left", fontsize=10
+        )
         shown = {line.get_label(): line for name in ("counts", "lengths") for line in _layouts(parts[name])}
         parts["lengths"].legend(handles=list(shown.values()), frameon=False, fontsize=9, ncols=2)
         _bars(parts["bars"], bars, job)
@@ -144,7 +147,7 @@ def _bars(axis: Any, bars: Sequence[tuple[str, Verdict]], job: Shape) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("device-seconds of a million tokens")
     axis.set_title(f"what they are spent on at {_tokens(job.tokens)} tokens", loc="left", fontsize=10)
-    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    axis.legend(frameon=False, fontsize=9, ncols=6, loc="upper left", bbox_to_anchor=(-0.02, -0.16))
     axis.grid(axis="x", alpha=0.25)
     axis.set_axisbelow(True)
 

@@ -54,7 +54,7 @@ class Memory:
             raise ValueError(f"memory.weights is {self.weights!r}; it can be float32 or bfloat16")
         if self.optimizer not in ("device", "host"):
             raise ValueError(f"memory.optimizer is {self.optimizer!r}; it can be device or host")
-        if self.float8 not in (False, True, *get_args(Recipe)):
+        if not isinstance(self.float8, bool) and self.float8 not in get_args(Recipe):
             raise ValueError(
                 f"memory.float8 is {self.float8!r}; it can be false, true, {', '.join(get_args(Recipe))}"
             )

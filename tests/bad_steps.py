@@ -112,15 +112,15 @@ def went(
     rank: int, cfg: DictConfig, folder: Path, plants: Sequence[Plant], stop: int | None = None,
     jump: int | None = None,
 ) -> Went:  # fmt: skip
-    """A run with these bad steps, from the newest checkpoint in `folder` on. stop: the step after which it is
-    told to. jump: the sample to go on with.
+    """A run with these bad steps, from `cfg.resume` on, as a rule the newest checkpoint in `folder`. stop:
+    the step after which it is told to. jump: the sample to go on with.
     """
     with quiet(cfg), joined(rank) as device, Preempt() as preempt, planted(rank, plants):
         folder.mkdir(parents=True, exist_ok=True)
         job = build(cfg, launch_of(rank), device)
         record, checkpoints = Digests(rank, stop), Checkpoints(folder / "checkpoints", asynchronous=False)
         record.job = job
-        state = resume(job, checkpoints, "auto")
+        state = resume(job, checkpoints, cfg.resume)
         if jump is not None:
             state.samples = jump
         loop = Loop(job, record, checkpoints, preempt, state, folder)

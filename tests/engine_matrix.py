@@ -112,13 +112,14 @@ def cells() -> list[Cell]:
 
 
 def measured(paths: Sequence[Path]) -> dict[str, dict[tuple[str, str], str]]:
-    """What the tests in JUnit files recorded, by table, row and column."""
+    """What the tests in JUnit files recorded, by table, row and column; `failed` of one that did not pass."""
     refused = {(cell.column, cell.engine): "refused" for cell in cells() if cell.refused}
     found: dict[str, dict[tuple[str, str], str]] = {TRAINING: refused, GOING_ON: {}}
     for case in (case for path in paths for case in ElementTree.parse(path).iter("testcase")):
         said = {x.attrib["name"]: x.attrib["value"] for x in case.iter("property")}
-        if "table" in said and case.find("failure") is None and case.find("error") is None:
-            found[said["table"]][said["row"], said["column"]] = said["value"]
+        if "table" in said:
+            passed = case.find("failure") is None and case.find("error") is None
+            found[said["table"]][said["row"], said["column"]] = said["value"] if passed else "failed"
     return found
 
 

@@ -58,7 +58,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "stage", "overrides"),
     [
-        (2, 1, ring("zigzag")),
+        pytest.param(2, 1, ring("zigzag"), marks=SLOW),
         (2, 2, ring("zigzag")),
         (2, 3, ("parallel=ulysses",)),
         pytest.param(2, 0, ring("zigzag"), marks=SLOW),

@@ -83,6 +83,7 @@ def test_what_rests_in_host_memory_is_not_on_the_device() -> None:
         assert found.host == sum(found.resting.values())
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_are_half_of_float32(tmp_path: Path) -> None:
     for engine in ("ddp", "fsdp"):
         whole, half = (

@@ -60,6 +60,12 @@ def test_the_command_asks_for_diffusers_or_encodes(tmp_path: Path) -> None:
     assert encode(cfg, Launch()) == 0
     data = Latents(path=tmp_path / "out", cache=tmp_path / "c")
     assert len(data) + len(data.held_out()) == 24 and data.traits.shapes[0][0] == 4
-    assert load_vae(str(tmp_path / "vae"), torch.device("cpu"))[2] == tiny.config.scaling_factor
+    mean, _, scale = load_vae(str(tmp_path / "vae"), torch.device("cpu"))
+    assert scale == tiny.config.scaling_factor
+    images = Images(path=tmp_path / "images", sizes=SIZES, cache=tmp_path / "c", flip=False)
+    found = [torch.from_numpy(c.pixels[:, 0]) for part in (data, data.held_out()) for c in every(part)]
+    for clip in (c for part in (images, images.held_out()) for c in every(part)):
+        want = mean(torch.from_numpy(clip.pixels[:, 0])[None])[0]
+        assert min(float((x - want).abs().max()) for x in found if x.shape == want.shape) < 1e-4
     with pytest.raises(FileExistsError, match="holds latents already"):
         encode(cfg, Launch())

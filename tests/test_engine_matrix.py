@@ -23,18 +23,18 @@ Row = Callable[[str, object], None]
 Written = Callable[[str], Path]
 
 
-def compared(ran: list[Ran], want: list[Ran], row: Row, table: str, line: str, column: str) -> None:
+def tried(row: Row, table: str, line: str, column: str) -> None:
+    """Records which cell it is, so that one that fails is printed as such."""
+    for name, value in (("table", table), ("row", line), ("column", column)):
+        row(name, value)
+
+
+def compared(ran: list[Ran], want: list[Ran], row: Row) -> None:
     """Asserts that the runs are the same, and records how far the losses are apart."""
     since = len(want[0].rows) - len(ran[0].rows)
     assert_same(ran, want, since=since)
     apart = furthest(values(ran[0].rows, "loss"), values(want[0].rows[since:], "loss"))
-    for name, value in (
-        ("table", table),
-        ("row", line),
-        ("column", column),
-        ("value", f"{apart / UNIT:.1f}"),
-    ):
-        row(name, value)
+    row("value", f"{apart / UNIT:.1f}")
 
 
 @pytest.mark.slow
@@ -45,10 +45,11 @@ def test_an_engine_trains_under_a_layout_as_one_process(
     world: Worlds, once: Once, data_cache: str, tmp_path: Path, record_property: Row, cell: Cell
 ) -> None:
     package(cell.engine)
+    tried(record_property, TRAINING, cell.column, cell.engine)
     cfg = config(data_cache, TEN, *cell.words(tmp_path))
     ran = world(cell.ranks)(run, cfg, tmp_path / "checkpoints")
     want = once(1, "parallel=single", *cell.mask, TEN)
-    compared(ran, want, record_property, TRAINING, cell.column, cell.engine)
+    compared(ran, want, record_property)
 
 
 @pytest.mark.slow
@@ -70,6 +71,7 @@ def test_the_docs_say_what_is_refused(world: Worlds, data_cache: str) -> None:
     package("ZeRO")
     package("megatron")
     rows = engine_matrix.written(REFUSALS)
+    assert rows
     cfgs = [config(data_cache, *words.strip("`").split()) for words, _ in rows]
     for texts in world(2)(refusal, *cfgs):
         said = {at: text for at, text in zip(rows, texts, strict=True)}
@@ -101,11 +103,12 @@ def test_a_checkpoint_goes_on_under_every_engine(
 ) -> None:  # fmt: skip
     for name in (before, after):
         package(SETTINGS[name].engine)
+    tried(record_property, GOING_ON, before, after)
     cfg = config(data_cache, TEN, f"resume={checkpoint_of(before)}", *SETTINGS[after].words(tmp_path))
     ran = world(SETTINGS[after].ranks)(run, cfg, tmp_path / "checkpoints")
     assert len(ran[0].rows) == 10 - HALF
     want = once(1, "parallel=single", "data.pack=true", TEN)
-    compared(ran, want, record_property, GOING_ON, before, after)
+    compared(ran, want, record_property)
 
 
 @pytest.mark.slow
@@ -138,8 +141,23 @@ def package(engine: str) -> None:
             pytest.skip(f"{name} is not installed")
 
 
+def test_a_cell_that_failed_is_printed_as_failed(tmp_path: Path) -> None:
+    said = "".join(
+        f'<property name="{name}" value="{value}"/>'
+        for name, value in (("table", TRAINING), ("row", "ring 2"), ("column", "ddp"))
+    )
+    case = "<testcase><properties>{}</properties>{}</testcase>"
+    for text, found in (
+        (case.format(said, "<failure/>"), "failed"),
+        (case.format(f'{said}<property name="value" value="1.5"/>', ""), "1.5"),
+        (case.format(f'{said}<property name="value" value="1.5"/>', "<error/>"), "failed"),
+    ):
+        (tmp_path / "matrix.xml").write_text(f"<testsuite>{text}</testsuite>")
+        assert engine_matrix.measured([tmp_path / "matrix.xml"])[TRAINING]["ring 2", "ddp"] == found
+
+
 def test_the_docs_have_a_line_for_every_cell() -> None:
-    """What they do not give was not measured, or is no cell."""
+    """What they do not give is no cell."""
     trained = {(cell.column, cell.engine): cell.refused for cell in cells()}
     both = {TRAINING: trained, GOING_ON: {(x, y): "" for x in SETTINGS for y in SETTINGS}}
     for table, refused in both.items():
@@ -149,6 +167,8 @@ def test_the_docs_have_a_line_for_every_cell() -> None:
         for at, value in found.items():
             if refused.get(at):
                 assert value == "refused", at
-            elif value != "-":
-                # in units of 1e-7
-                assert at in refused and 0 <= float(value) <= MOST, at
+            elif at not in refused:
+                assert value == "-", at
+            else:
+                # in units of 1e-7; neither `failed` nor `-` is a number
+                assert 0 <= float(value) <= MOST, at

@@ -19,8 +19,10 @@ SHARDED = ("engine=fsdp",)
     ("size", "overrides"),
     [
         (2, ring("zigzag")),
-        (4, ring("zigzag", "parallel.mesh.dp=2", "parallel.mesh.ring=2", "engine.replicate=true",
-                 "train.micro_batch=1")),
+        pytest.param(
+            4, ring("zigzag", "parallel.mesh.dp=2", "parallel.mesh.ring=2", "engine.replicate=true",
+                    "train.micro_batch=1"), marks=pytest.mark.slow,
+        ),
         (2, ring("zigzag", "engine.prefetch=2", "engine.reshard=false", "train.micro_batch=1",
                  "train.accumulate=2")),
         pytest.param(2, ring("zigzag", "engine.offload=true"), marks=pytest.mark.slow),

@@ -4,14 +4,19 @@ import json
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from omegaconf import DictConfig
 
-from bad_steps import Plant, faults, went, whole_bad
-from jobs import EXACT, config, ring, values, zero
+from bad_steps import Plant, faults, planted, went, whole_bad
+from jobs import EXACT, Kept, config, joined, launch_of, ring, values, zero
+from longspan.train.checkpoint import Checkpoints, SaveError
 from longspan.train.config import ConfigError
 from longspan.train.guard import Faults, Guard
+from longspan.train.job import build
+from longspan.train.loop import Loop, State
+from longspan.train.preempt import Preempt
 from longspan.train.track import Metrics
 from test_oracles import needs
 from world import Worlds
@@ -81,8 +86,8 @@ def test_a_bad_step_is_skipped_by_megatron(
 
 
 ENGINES = [
-    pytest.param("ddp", marks=pytest.mark.slow),
-    "fsdp",
+    "ddp",
+    pytest.param("fsdp", marks=pytest.mark.slow),
     pytest.param(2, marks=[pytest.mark.slow, needs("deepspeed", "deepspeed")]),
     pytest.param(3, marks=[pytest.mark.slow, needs("deepspeed", "deepspeed")]),
     pytest.param("megatron", marks=[pytest.mark.slow, needs("megatron", "megatron-core")]),
@@ -176,6 +181,67 @@ def test_without_a_checkpoint_there_is_no_way_back(world: Worlds, data_cache: st
     ran = alone(world, tmp_path, data_cache, REWIND, plants=bad(2))
     assert ran.stopped.endswith("there is no checkpoint to go back to yet")
     assert [(row["kind"], row["did"]) for row in faults(tmp_path)] == [("nonfinite", "stopped")]
+
+
+@pytest.mark.slow
+def test_a_run_that_came_from_a_path_goes_back_to_it(world: Worlds, data_cache: str, tmp_path: Path) -> None:
+    """Not to the newest checkpoint of its folder, which may be of the run that it left."""
+    alone(world, tmp_path, data_cache, plants=[])
+    path = tmp_path / "checkpoints" / "step-00000003"
+    words = (REWIND, f"resume={path}")
+    for folder in (tmp_path, tmp_path / "another"):
+        # 5 before there is a checkpoint of its own, and 8 after that of 6
+        plants = [Plant(BAD, 0), Plant(BAD + 8, 0)]
+        ran = alone(world, folder, data_cache, *words, plants=plants)
+        assert ran.stopped == "" and [row["step"] for row in ran.rows] == [4, 5, 6, 7, 8]
+        did = [row["did"] for row in faults(folder)]
+        assert did == ["rewound to 3", "rewound to 6"]
+
+
+@pytest.mark.slow
+def test_a_bad_first_step_that_is_saved_counts_no_update(
+    world: Worlds, data_cache: str, tmp_path: Path
+) -> None:
+    words = (SKIP, "checkpoint.every=1")
+    whole = alone(world, tmp_path / "whole", data_cache, *words, plants=bad(1))
+    for stop in (1, None):
+        ran = world(1)(went, config(data_cache, *SINGLE, *words), tmp_path / "parts", bad(1), stop)[0]
+    assert values(ran.rows, *EXACT).equal(values(whole.rows[1:], *EXACT))
+    assert ran.digests[8] == whole.digests[8]
+
+
+def failing(rank: int, cfg: DictConfig, folder: Path) -> tuple[list[str], list[int], int]:
+    """A run whose first save fails in the thread: its notes, its checkpoints, and how often one counted."""
+    counted, tried, write = list[Guard](), list[Any](), Checkpoints._write
+
+    def writing(self: Checkpoints, save: Any) -> None:
+        tried.append(save)
+        if len(tried) == 1:
+            raise SaveError("no room")
+        write(self, save)
+
+    with (
+        joined(rank) as device,
+        Preempt() as preempt,
+        planted(rank, []),
+        patch.object(Checkpoints, "_write", writing),
+        patch.object(Guard, "saved", lambda self: counted.append(self)),
+    ):
+        job, record = build(cfg, launch_of(rank), device), Kept(rank, None)
+        checkpoints = Checkpoints(folder)
+        Loop(job, record, checkpoints, preempt, State(), folder).run()
+        return record.notes, checkpoints.steps(), len(counted)
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_a_save_that_fails_beside_training_is_no_checkpoint_and_costs_no_other(
+    world: Worlds, data_cache: str, tmp_path: Path, steps: int
+) -> None:
+    """Of step 4, whether that is the last or not."""
+    cfg = config(data_cache, "parallel=single", f"train.steps={steps}", "checkpoint.every=4")
+    ((notes, there, counted),) = world(1)(failing, cfg, tmp_path)
+    assert notes == ["checkpoint failed, training goes on: no room"]
+    assert there == [steps] and counted == 1
 
 
 @pytest.mark.slow

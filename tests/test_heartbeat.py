@@ -7,7 +7,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
@@ -16,23 +17,26 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from jobs import config
 from longspan.parallel.comm import Traffic
 from longspan.train import heartbeat
 from longspan.train.agree import PeerError
-from longspan.train.heartbeat import REPORT, Hang, unanswered, watched
+from longspan.train.heartbeat import REPORT, Hang, Heartbeat, unanswered, watched
+from longspan.train.job import check_numbers
 from longspan.train.preempt import Preempt
-from longspan.train.pulse import Beat, Pulse, hang_line
+from longspan.train.pulse import Beat, Pulse, hang_line, numbering
 from world import Worlds
 
 HERE = socket.gethostname()
 FAR = "another-host"
 # a process that never was
 NOBODY = 2**22 + 7
+COLLECTED = time.time()
 
 
 def beat(rank: int, host: str = FAR, pid: int = 1, step: int = 7, phase: str = "backward", doing: str = "",
          ago: float = 1.0, failed: str = "") -> Beat:  # fmt: skip
-    return Beat(rank, host, pid, step, phase, doing, time.time() - ago, failed)
+    return Beat(rank, host, pid, step, phase, doing, time.time() - ago, failed, numbering())
 
 
 @pytest.mark.parametrize(
@@ -50,8 +54,8 @@ def beat(rank: int, host: str = FAR, pid: int = 1, step: int = 7, phase: str = "
         ),
         (
             [beat(0), beat(1, HERE, NOBODY), beat(2), beat(3, step=6, phase="data")],
-            f"rank 1 ({HERE}, process {NOBODY}) has died; it was in step 7, backward; ranks 0, 2 in step 7, "
-            f"backward; rank 3 in step 6, data",
+            f"rank 1 ({HERE}, process {NOBODY}) has died; when last heard of, 1 s before, it was in step "
+            f"7, backward; ranks 0, 2 in step 7, backward; rank 3 in step 6, data",
         ),
         (
             [beat(0, phase="reduce"), beat(1, phase="data", ago=9), beat(2, phase="reduce")],
@@ -73,7 +77,16 @@ def beat(rank: int, host: str = FAR, pid: int = 1, step: int = 7, phase: str = "
     ],
 )
 def test_the_line_names_who_is_lost_and_where_the_others_wait(beats: list[Beat], said: str) -> None:
-    assert hang_line(beats, 0, max(beat.rank for beat in beats) + 1, 15.0) == said
+    # they were made when the tests were collected, maybe minutes ago
+    late = time.time() - COLLECTED
+    beats = [replace(b, at=b.at + late) for b in beats]
+    # a file that has not changed since it was written, by a clock that is this one's
+    lost = {b.rank: wrong for b in beats[1:] if (wrong := b.lost(time.time() - b.at, 15.0))}
+    ranks = max(b.rank for b in beats) + 1
+    assert hang_line(beats, lost, 0, ranks) == said
+    cause = "Timed out waiting 1000ms"
+    alone = not lost and len(beats) == ranks
+    assert hang_line(beats, lost, 0, ranks, cause) == (f"{said}; {cause}" if alone else said)
 
 
 def test_a_stopped_process_is_told_from_a_busy_one() -> None:
@@ -83,16 +96,20 @@ def test_a_stopped_process_is_told_from_a_busy_one() -> None:
         os._exit(0)
     try:
         found = beat(1, HERE, child, ago=33)
-        assert found.lost(15.0) == ""
+        assert found.lost(99.0, 15.0) == ""
         os.kill(child, signal.SIGSTOP)
         os.waitpid(child, os.WUNTRACED)
-        assert found.lost(99.0) == (
-            "has not been heard of for 33 s, since its process is stopped (SIGCONT lets it go on)"
+        assert found.lost(0.0, 99.0) == (
+            "has not been heard of for 33 s, since its process is stopped (SIGCONT lets it go on); it was in "
+            "step 7, backward"
         )
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert found.lost(99.0) == "has died"
+    assert found.lost(0.0, 99.0) == "has died; when last heard of, 33 s before, it was in step 7, backward"
+    # in a container with the machine's name and numbers of its own, it may be alive
+    assert replace(found, numbering="another").lost(1.0, 99.0) == ""
+    assert replace(found, numbering="").lost(1.0, 99.0) == ""
 
 
 def test_what_is_no_beat_is_none(tmp_path: Path) -> None:
@@ -119,6 +136,7 @@ def test_the_phases_of_a_lap() -> None:
         (RuntimeError("[...] Connection closed by peer [127.0.0.1]:1"), True),
         (dist.DistBackendError("NCCL"), True),
         (RuntimeError("shape mismatch"), False),
+        (RuntimeError("reading the corpus timed out"), False),
         (PeerError("rank 1: Connection closed by peer"), False),
         (ValueError("timed out"), False),
     ],
@@ -154,13 +172,14 @@ def silent(rank: int, folder: Path) -> tuple[str, bool, dict[str, object]]:
 
 def test_a_collective_that_is_not_answered_says_who_is_behind(world: Worlds, tmp_path: Path) -> None:
     (said, first, then), (_, _, after) = world(2)(silent, tmp_path)
-    assert said == (
+    assert said.startswith(
         f"all ranks are alive, rank 1 ({HERE}) furthest behind; rank 0 in step 4, reduce (all-reduce of the "
-        f"loss); rank 1 in step 4, data"
+        f"loss); rank 1 in step 4, data; RuntimeError: "
     )
+    assert "Timed out waiting" in said.rpartition("data; ")[2]
     assert first and (tmp_path / REPORT).read_text() == said + "\n"
     assert (then["phase"], after["phase"], after["step"]) == ("data", "end", 4)
-    assert set(after) == {"rank", "host", "pid", "step", "phase", "doing", "at", "failed"}
+    assert set(after) == {"rank", "host", "pid", "step", "phase", "doing", "at", "failed", "numbering"}
 
 
 @contextmanager
@@ -170,11 +189,13 @@ def two_ranks() -> Iterator[None]:
         yield
 
 
-def left(folder: Path, failed: str = "", ago: float = 0.0) -> None:
+def left(folder: Path, failed: str = "", ago: float = 0.0, step: int = 7) -> None:
     """The file that another rank left."""
     folder.mkdir(exist_ok=True)
-    found = beat(1, ago=ago, failed=failed)
-    (folder / "rank1.json").write_text(json.dumps(vars(found)))
+    found = replace(beat(1, ago=ago, failed=failed, step=step), numbering="")
+    part = folder / "left.part"
+    part.write_text(json.dumps(vars(found)))
+    part.replace(folder / "rank1.json")
 
 
 def test_who_stands_still_for_too_long_is_told_while_it_waits(
@@ -183,8 +204,9 @@ def test_who_stands_still_for_too_long_is_told_while_it_waits(
     """As on NCCL, which ends the process by itself."""
     pulse = Pulse()
     pulse.enter("backward")
-    left(tmp_path, ago=40)
-    with two_ranks(), Preempt() as signals:
+    # the other clock is far ahead
+    left(tmp_path, ago=-4000)
+    with two_ranks(), Preempt() as signals, patch.object(heartbeat, "SILENCE_S", 1.0):
         with watched(tmp_path, pulse, Traffic(), signals, every_s=0.05, timeout_s=0.3):
             wait(lambda: (tmp_path / REPORT).exists())
             # it was told too early
@@ -194,8 +216,49 @@ def test_who_stands_still_for_too_long_is_told_while_it_waits(
             time.sleep(0.5)
         assert not (tmp_path / REPORT).exists()
     said = capfd.readouterr().err
-    assert said.count("longspan: rank 1 (another-host, process 1) has not been heard of for 4") == 1
+    assert (
+        said.count("longspan: rank 1 (another-host, process 1) has not been heard of for 1 s; it was in") == 1
+    )
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("ago", [-4000.0, 4000.0])
+def test_a_rank_of_another_machine_is_alive_while_its_file_changes(tmp_path: Path, ago: float) -> None:
+    """Whatever its clock says."""
+    with two_ranks(), Preempt() as signals, patch.object(heartbeat, "SILENCE_S", 0.5):
+        mine = Heartbeat(tmp_path, Pulse(), Traffic(), signals, every_s=0.1, timeout_s=60.0)
+        left(tmp_path, ago=ago)
+        mine.read()
+        time.sleep(0.2)
+        left(tmp_path, ago=ago, step=8)
+        line, first = mine.report("Connection closed by peer")
+        assert first and line.startswith("all ranks are alive, ")
+        assert line.endswith("; Connection closed by peer")
+        time.sleep(0.25)
+        began = time.monotonic()
+        assert mine.report()[0].startswith("rank 1 (another-host, process 1) has not been heard of for ")
+        # it was waited for until it could be told
+        assert 0.1 < time.monotonic() - began < 5.0
+
+
+def test_two_threads_write_one_file(tmp_path: Path) -> None:
+    with two_ranks(), Preempt() as signals, patch.object(heartbeat, "suppress", lambda *_: nullcontext()):
+        mine = Heartbeat(tmp_path, Pulse(), Traffic(), signals, every_s=0.1, timeout_s=60.0)
+        failed = list[OSError]()
+
+        def write() -> None:
+            for _ in range(200):
+                try:
+                    mine.write()
+                except OSError as error:
+                    failed.append(error)
+
+        threads = [threading.Thread(target=write) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failed
 
 
 def test_who_waits_for_a_failed_rank_leaves_when_it_is_asked_to(
@@ -232,19 +295,18 @@ def test_an_error_is_left_for_the_others(tmp_path: Path) -> None:
     ):
         raise ArithmeticError("as planned")
     found = Beat.read(tmp_path / "rank0.json")
-    assert found is not None and found.lost(15.0) == "failed: ArithmeticError: as planned"
+    assert found is not None and found.lost(0.0, 15.0).startswith("failed: ArithmeticError: as planned; ")
 
 
 def test_without_heartbeats_there_is_no_file_and_less_than_none_is_refused(tmp_path: Path) -> None:
-    with Preempt() as signals:
-        with watched(tmp_path / "a", Pulse(), Traffic(), signals, every_s=0.0, timeout_s=60.0):
-            assert all(thread.name != "heartbeat" for thread in threading.enumerate())
-        with (
-            pytest.raises(ValueError, match="^heartbeat_s is -1; it must be at least 0"),
-            watched(tmp_path, Pulse(), Traffic(), signals, every_s=-1, timeout_s=60.0),
-        ):
-            raise AssertionError
+    with (
+        Preempt() as signals,
+        watched(tmp_path / "a", Pulse(), Traffic(), signals, every_s=0.0, timeout_s=60.0),
+    ):
+        assert all(thread.name != "heartbeat" for thread in threading.enumerate())
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"^heartbeat_s is -1\.0; it must be at least 0$"):
+        check_numbers(config("heartbeat_s=-1"))
 
 
 def test_a_signal_is_heard_beside_its_handler() -> None:

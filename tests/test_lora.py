@@ -71,6 +71,7 @@ def test_only_what_learns_reaches_the_optimizer() -> None:
         Lora(rank=-1)
 
 
+@pytest.mark.slow
 def test_adapters_train_over_a_ring_as_on_one_rank_and_resume(
     world: Worlds, data_cache: str, tmp_path: Path
 ) -> None:

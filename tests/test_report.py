@@ -19,6 +19,7 @@ from longspan.train.config import ConfigError
 from longspan.train.diffusion.grids import save_png
 from longspan.train.report.album import MOST, pictures_html, shape
 from longspan.train.report.chart import Chart, Line, Mark, thinned, ticks
+from longspan.train.report.figures import smoothed
 from longspan.train.report.holdings import layout_html
 from longspan.train.report.overlap import common, timeline_html, united
 from longspan.train.report.page import page, write
@@ -312,3 +313,10 @@ def test_a_run_ends_with_its_report(world: Worlds, data_cache: str, tmp_path: Pa
     story = Story.read(folder)
     assert [row["step"] for row in story.evals] == [2, 3] and story.layout["length"] == cfg.data.context
     shutil.rmtree(folder)
+
+
+def test_one_huge_value_leaves_the_others_their_means() -> None:
+    values = [1.0] * 60
+    values[20] = 1e18
+    _, means = smoothed("loss", (list(range(60)), values), "a")
+    assert means.y[30:] == pytest.approx(values[30:])

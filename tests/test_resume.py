@@ -43,7 +43,7 @@ from world import RankFailed, Worlds
     ("size", "layout"),
     [
         (1, ("parallel=single",)),
-        (2, ring()),
+        pytest.param(2, ring(), marks=pytest.mark.slow),
         pytest.param(4, ring(), marks=pytest.mark.slow),
     ],
     ids=["single", "ring2", "ring4"],

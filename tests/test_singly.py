@@ -64,12 +64,10 @@ def test_the_state_of_a_weight_on_a_gpu_rests_on_the_cpu() -> None:
         assert weight.is_cuda
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engine",
-    [
-        "ddp",
-        pytest.param("megatron", marks=[pytest.mark.slow, needs("megatron", "megatron-core")]),
-    ],
+    ["ddp", pytest.param("megatron", marks=needs("megatron", "megatron-core"))],
 )
 def test_a_job_trains_and_goes_on_as_without(
     world: Worlds, data_cache: str, tmp_path: Path, engine: str

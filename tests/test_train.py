@@ -161,7 +161,9 @@ def test_training_is_what_plain_torch_does(once: Once, data_cache: str) -> None:
             ring("contiguous", "parallel.mesh.dp=2", "parallel.mesh.ring=2", "train.micro_batch=1"),
             marks=pytest.mark.slow,
         ),
-        (3, ("parallel=single", "train.micro_batch=2", "train.accumulate=1")),
+        pytest.param(
+            3, ("parallel=single", "train.micro_batch=2", "train.accumulate=1"), marks=pytest.mark.slow
+        ),
     ],
     ids=["ring3", "ring2", "dp2 ring2", "dp3"],
 )

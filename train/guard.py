@@ -81,7 +81,7 @@ class Guard:
             del good[: -self.window]
 
     def saved(self) -> None:
-        """Notes a checkpoint, to which the next rewind goes."""
+        """Notes a whole checkpoint, to which the next rewind goes."""
         self._rewinds = 0
 
     def answer(self, kind: Kind) -> tuple[Policy, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
@@ -334,11 +334,12 @@ def check_numbers(cfg: DictConfig) -> None:
         "train.steps": 1, "train.micro_batch": 1, "train.accumulate": 1, "train.clip": 0,
         "train.log_every": 1, "checkpoint.every": 0, "checkpoint.keep": 1, "checkpoint.permanent": 0,
         "eval.every": 0, "eval.samples": 1, "eval.final": 0, "trace.first": 1, "trace.steps": 1,
+        "heartbeat_s": 0,
     }  # fmt: skip
     for name, low in least.items():
-        group, key = name.split(".")
-        if cfg[group][key] is not None and not cfg[group][key] >= low:
-            raise ValueError(f"{name} is {cfg[group][key]}; it must be at least {low:g}")
+        value = OmegaConf.select(cfg, name)
+        if value is not None and not value >= low:
+            raise ValueError(f"{name} is {value}; it must be at least {low:g}")
     if cfg.data.get("buckets") is not None and cfg.train.micro_batch != 1:
         raise ValueError(
             f"train.micro_batch is {cfg.train.micro_batch}, but with data.buckets={cfg.data.buckets} each "

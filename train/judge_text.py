@@ -32,10 +32,14 @@ class TextJudge:
 
     def facts(self, job: Job) -> str:
         told = job.data.describe()
-        return (
-            f"{told.get('corpus', '?')}: {told.get('documents', '?')} documents, {job.context} tokens a "
-            f"sequence, padding {100 * float(told.get('padding', 0)):.2f}%, {told.get('bad', 0)} bad records"
-        )
+        known = [f"{job.context} tokens a sequence"]
+        if "documents" in told:
+            known.insert(0, f"{told['documents']} documents")
+        if "padding" in told:
+            known.append(f"padding {100 * float(told['padding']):.2f}%")
+        if "bad" in told:
+            known.append(f"{told['bad']} bad records")
+        return f"{told.get('corpus', '?')}: {', '.join(known)}"
 
     def finish(self, loop: Loop, folder: Path, samples: int) -> dict[str, Any]:
         job, summary, others = loop.job, dict[str, Any](), dict[str, float]()

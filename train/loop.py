@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .agree import PeerError
 from .batch import Batch, bind, indices, place
 from .checkpoint import Checkpoints, SaveError
 from .config import made
@@ -67,11 +68,19 @@ class Loop:
         self.phases: dict[str, float] = {}
         self.stragglers = Stragglers(job.ranks, self.pulse, record.note)
         wanted = {"first": None} if folder is None else job.cfg.trace
+        first = wanted["first"]
+        if first is not None and not state.step < first <= job.cfg.train.steps:
+            record.note(
+                f"trace.first={first} is not among the steps {state.step + 1} to {job.cfg.train.steps} of "
+                "this start: nothing is traced"
+            )
         self.tracer = Tracer(folder or Path(), job.ranks, self.pulse, record.note, **wanted)
         assert isinstance(job.objective, nn.Module)
         # it ends with the loss, whose backward comes next
         job.objective.register_forward_hook(self._went_forward)
         self.saved = state.step
+        # where a rewind goes: what this start came from, until it has a whole checkpoint of its own
+        self.back: str = job.cfg.resume
         self.handed: int | None = None  # a checkpoint that may still be being written
         self.sent: dict[int, int] = {}  # bytes by receiving rank in the last step
         self.stepped = False
@@ -108,8 +117,10 @@ class Loop:
             if stopped is not None:
                 self.record.note(f"signal {stopped}: saving step {self.state.step} and leaving")
                 break
-        self.tracer.close()
         self.save_last()
+        # merging takes long: a run that was asked to leave has saved by then
+        self.pulse.enter("end", "traces are merged")
+        self.tracer.close()
         return stopped
 
     def _out_of_time(self) -> bool:
@@ -175,6 +186,8 @@ class Loop:
         """Does what the guard says about a bad step, and records it; `Diverged` if the run stops with it."""
         state, step, first = self.state, self.state.step + 1, self.state.samples
         told = f"step {step}: {self.guard.words(kind, loss, norm, state.good)}"
+        # only one that is whole can be gone back to
+        self._finished()
         policy, why = self.guard.answer(kind)
         if policy == "rewind" and (why := self._rewind()):
             policy = "stop"
@@ -193,17 +206,16 @@ class Loop:
         return policy
 
     def _rewind(self) -> str:
-        """Goes back to the newest checkpoint, and on with the samples after this step's; why not, if that
-        cannot be done.
+        """Goes back to the newest checkpoint of this start, or else to that which it came from, and on with
+        the samples after this step's; why not, if that cannot be done.
         """
         self.pulse.enter("save", "the newest checkpoint is loaded")
-        self._finished()
         state = self.state
         kept = {"samples": state.samples + self.job.global_batch, "seconds": state.seconds}
         kept |= {"skipped": state.skipped, "rewound": state.rewound + 1}
         try:
-            found = loaded(self.job, self.checkpoints, "auto")
-        except DamagedCheckpoint as error:
+            found = loaded(self.job, self.checkpoints, self.back)
+        except (DamagedCheckpoint, FileNotFoundError) as error:
             return str(error)
         if found is None:
             return "there is no checkpoint to go back to yet"
@@ -246,7 +258,8 @@ class Loop:
 
     def save_last(self) -> None:
         """The checkpoint that the run ends with; SaveError if it cannot be written, also at a second try."""
-        if self.saved != self.state.step or not self._finished():
+        whole = self._finished()
+        if self.saved != self.state.step or not whole:
             self._save()
             self.checkpoints.wait()
             self.saved = self.state.step
@@ -256,9 +269,19 @@ class Loop:
         self.pulse.enter("save")
         self.checkpoints.save(self.state.step, self.job.state(), extra(self.job, self.state))
         self.handed = self.state.step
-        if isinstance(self.job.engine, Native) and self.folder is not None:
-            self.job.engine.save_native(self.folder / "native", self.state.step)
-        self.guard.saved()
+        self._save_native()
+
+    def _save_native(self) -> None:
+        """The engine's own checkpoint, if it has one. One that fails is reported, as long as no rank leaves
+        the others waiting inside of it.
+        """
+        engine, folder, step = self.job.engine, self.folder, self.state.step
+        if not isinstance(engine, Native) or folder is None:
+            return
+        try:
+            self.job.ranks.together(lambda: engine.save_native(folder / "native", step))
+        except (OSError, ValueError, PeerError) as error:
+            self.record.note(f"native checkpoint of step {step} failed, training goes on: {error}")
 
     def _finished(self) -> bool:
         """Waits for the save before, if it is still being written; False, and a note, if it failed."""
@@ -275,6 +298,8 @@ class Loop:
         """Tells of the checkpoint that was handed over to be written and now is whole, once."""
         if self.handed is not None:
             self.record.saved(self.handed)
+            self.guard.saved()
+            self.back = "auto"
         self.handed = None
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from .agree import PeerError
 from .engine.states import local
 from .meter import peak_memory
 from .progress import size
@@ -68,7 +69,9 @@ def explained(cfg: DictConfig, folder: Path, model: nn.Module | None = None) -> 
 
 
 def _ran_out(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or ON_HOST in str(error)
+    # what another rank ran out of is told there
+    here = ON_HOST in str(error) and not isinstance(error, PeerError)
+    return isinstance(error, torch.OutOfMemoryError) or here
 
 
 def _snapshot(folder: Path) -> None:

@@ -1,10 +1,10 @@
 """What a rank is doing, as others can read it, and what is wrong with one that is not heard of."""
 
 import json
+import os
 import socket
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,9 @@ class Pulse:
 
 @dataclass(frozen=True)
 class Beat:
-    """The file of a rank. at: seconds since 1970. failed: why the rank left, or is leaving, with an error."""
+    """The file of a rank. at: seconds since 1970 on its machine's clock. failed: why the rank left, or is
+    leaving, with an error. numbering: as the function says it there.
+    """
 
     rank: int
     host: str
@@ -56,6 +58,7 @@ class Beat:
     doing: str
     at: float
     failed: str = ""
+    numbering: str = ""
 
     @classmethod
     def read(cls, path: Path) -> "Beat | None":
@@ -65,29 +68,46 @@ class Beat:
         except (OSError, ValueError, TypeError):
             return None
 
-    def lost(self, silence: float) -> str:
-        """What is wrong with the rank, in words, or nothing. silence: seconds after which a rank is lost
-        whose process is on another machine, where it cannot be looked at.
+    def lost(self, silent: float, silence: float) -> str:
+        """What is wrong with the rank and where it was, in words, or nothing. silent: seconds for which its
+        file has not changed, by the clock of who asks. silence: seconds after which a rank is lost whose
+        process cannot be looked at.
         """
         if self.phase == "end":
             return ""
         if self.failed:
-            return f"failed: {self.failed}"
-        age = time.time() - self.at
-        unheard = f"has not been heard of for {age:.0f} s"
-        if self.host == socket.gethostname() and sys.platform == "linux":
-            state = process_state(self.pid)
-            if state in ("", "Z", "X"):
-                return "has died"
-            if state in ("T", "t"):
-                return f"{unheard}, since its process is stopped (SIGCONT lets it go on)"
-            return ""
-        return unheard if age > silence else ""
+            return f"failed: {self.failed}; it was in {self.where}"
+        if not self.near:
+            heard = f"has not been heard of for {silent:.0f} s; it was in {self.where}"
+            return heard if silent > silence else ""
+        state, age = process_state(self.pid), max(0.0, time.time() - self.at)
+        if state in ("", "Z", "X"):
+            return f"has died; when last heard of, {age:.0f} s before, it was in {self.where}"
+        if state in ("T", "t"):
+            stopped = f"has not been heard of for {age:.0f} s, since its process is stopped"
+            return f"{stopped} (SIGCONT lets it go on); it was in {self.where}"
+        return ""
+
+    @property
+    def near(self) -> bool:
+        """Whether its process can be looked at from here: a container may have the machine's name and
+        numbers of its own.
+        """
+        return bool(self.numbering) and (self.host, self.numbering) == (socket.gethostname(), numbering())
 
     @property
     def where(self) -> str:
         told = f"step {self.step}, {self.phase}"
         return f"{told} ({self.doing})" if self.doing else told
+
+
+def numbering() -> str:
+    """What the numbers of processes belong to, on Linux: a start of the kernel, and the namespace in it."""
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{kernel} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def process_state(pid: int) -> str:
@@ -98,20 +118,22 @@ def process_state(pid: int) -> str:
         return ""
 
 
-def hang_line(beats: Sequence[Beat], me: int, ranks: int, silence: float) -> str:
-    """Which of `ranks` the others wait for, and where, in one line. me: the rank that tells."""
+def hang_line(beats: Sequence[Beat], lost: Mapping[int, str], me: int, ranks: int, cause: str = "") -> str:
+    """Which of `ranks` the others wait for, and where, in one line. lost: what is wrong, by rank. me: the
+    rank that tells. cause: why it does, which is told where nobody is lost.
+    """
     found = {beat.rank: beat for beat in beats}
-    lost = {rank: wrong for rank, beat in found.items() if rank != me and (wrong := beat.lost(silence))}
     parts = [
-        f"rank {rank} ({found[rank].host}, process {found[rank].pid}) {wrong}; it was in {found[rank].where}"
-        for rank, wrong in sorted(lost.items())
+        f"rank {rank} ({found[rank].host}, process {found[rank].pid}) {lost[rank]}"
+        for rank in sorted(lost.keys() & found.keys())
     ]
     parts += [f"rank {rank} has left no sign" for rank in range(ranks) if rank not in found and rank != me]
+    why = [cause] if cause and not parts else []
     waiting = [beat for beat in beats if beat.rank not in lost]
     if not parts and waiting:
         behind = min(waiting, key=lambda beat: (beat.step, PHASES.index(beat.phase)))
         parts = [f"all ranks are alive, rank {behind.rank} ({behind.host}) furthest behind"]
-    return "; ".join([*parts, *_places(waiting)])
+    return "; ".join([*parts, *_places(waiting), *why])
 
 
 def _places(beats: Sequence[Beat]) -> list[str]:

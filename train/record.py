@@ -123,8 +123,11 @@ def open_folder(folder: Path, root: Path, config: dict[str, Any], facts: dict[st
     link = root / "latest"
     beside = folder.resolve().parent == root.resolve() and folder.name != link.name
     if beside and (link.is_symlink() or not link.exists()):
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder.name)
+        # for people: another run may set it at the same moment
+        with suppress(OSError):
+            fresh = root / f".latest-{os.getpid()}"
+            fresh.symlink_to(folder.name)
+            fresh.replace(link)
 
 
 def sweep_of(folder: Path, root: Path) -> str | None:

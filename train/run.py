@@ -143,10 +143,10 @@ def _report(job: Job, folder: Path, record: Record) -> None:
     """Writes report.html on rank 0, if asked to; what goes wrong with it is only told."""
     if not job.cfg.report:
         return
-    if (folder / "metrics.jsonl").stat().st_size > LARGE:
-        record.note(f"the run is long, so its report is left to you: longspan report run={folder}")
-        return
     try:
+        if (folder / "metrics.jsonl").stat().st_size > LARGE:
+            record.note(f"the run is long, so its report is left to you: longspan report run={folder}")
+            return
         write([folder])
     except Exception as error:
         record.note(f"report.html was not written: {one_line(error)}")

@@ -70,16 +70,19 @@ class Stragglers:
         dist.all_gather(rows, mine)
         self._pulse.enter("record")
         table = torch.stack(rows)  # [ranks, phases]
+        # on CUDA all time counts, and that of waiting for the others would make all alike
+        own = [name for name in PHASES if name != "reduce" or not torch.cuda.is_initialized()]
+        table = table[:, [PHASES.index(name) for name in own]]
         total = table.sum(1)
         slowest, median = int(total.argmax()), float(total.median())
-        self._watch(table, slowest, float(total[slowest]), median)
+        self._watch(table, own, slowest, float(total[slowest]), median)
         return {
             "step_s_max": float(total[slowest]),
             "step_s_median": median,
             "slowest_rank": float(slowest),
         }
 
-    def _watch(self, table: torch.Tensor, slowest: int, most: float, median: float) -> None:
+    def _watch(self, table: torch.Tensor, names: list[str], slowest: int, most: float, median: float) -> None:
         slow = most > SLOW * median > 0
         self._seen = (self._seen + 1 if slowest == self._suspect else 1) if slow else 0
         self._suspect = slowest
@@ -88,7 +91,7 @@ class Stragglers:
         self._told.add(slowest)
         # the lower median, so that of two ranks the other one is what the slow one is compared with
         behind = table[slowest] - table.median(0).values
-        phase = PHASES[int(behind.argmax())]
+        phase = names[int(behind.argmax())]
         self._tell(
             f"rank {slowest} on {self._hosts[slowest]} is busy {most / median:.1f} times as long as the "
             f"median rank ({most:.3g} s a step against {median:.3g} s), most of it in {phase}: its machine "

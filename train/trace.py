@@ -3,7 +3,7 @@
 import json
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -21,9 +21,10 @@ AT_ONCE = 16
 
 class Tracer:
     """Records the steps `first` to `first + steps - 1` of this rank into traces/rank<r>.json.gz below
-    `folder`, and merges the ranks' files. first: None records nothing, and costs nothing.
+    `folder`, and merges the ranks' files. first: None records no trace.
 
-    memory: bytes in use as a curve; on CUDA also who allocated what, from the start of the run on, for
+    memory: bytes in use as a curve; on CUDA also who allocated what, from the start of the run on, whatever
+    `first` is, for
     traces/memory-rank<r>.pickle (https://pytorch.org/memory_viz opens it). All ranks make one and call it
     alike. note: gets a line about what was written; a trace that cannot be written stops nothing.
     """
@@ -45,6 +46,8 @@ class Tracer:
     def step(self, number: int) -> Iterator[None]:
         """Around step `number`."""
         if number == self._first:
+            # once: a run may go back to a step before it
+            self._first = None
             self._start()
         with nullcontext() if self._profiler is None else record_function(f"step {number}"):
             yield
@@ -68,6 +71,11 @@ class Tracer:
         kinds = [ProfilerActivity.CPU]
         if torch.cuda.is_initialized():
             kinds.append(ProfilerActivity.CUDA)
+        if self._ranks.rank == 0:
+            # an earlier start may have had more ranks
+            with suppress(OSError):
+                for old in self._folder.glob("rank*.json.gz"):
+                    old.unlink()
         self._profiler = profile(activities=kinds, profile_memory=self._memory)
         self._profiler.start()
         who = {"rank": self._ranks.rank, "host": socket.gethostname()}

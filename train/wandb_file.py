@@ -3,6 +3,7 @@
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def last_step(folder: Path, number: str) -> int:
     """The greatest step that the offline runs of this id in `folder` hold whole, -1 if there is none."""
     found = -1
     for path in folder.glob(f"offline-run-*-{number}*/run-{number}.wandb"):
-        for record in records(path):
-            if record.WhichOneof("record_type") == "history":
-                found = max(found, int(record.history.step.num))
+        # of a start that was killed, or had no room, before it had written anything
+        with suppress(ValueError):
+            for record in records(path):
+                if record.WhichOneof("record_type") == "history":
+                    found = max(found, int(record.history.step.num))
     return found

@@ -1,6 +1,7 @@
 """Records of a Hugging Face data set, file by file; nothing is on this machine before it is read."""
 
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,10 @@ _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "tex
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
 # Records that are fetched at a time.
 _ROWS = 256
+
+
+class Unreachable(RuntimeError):
+    """A file elsewhere cannot be had just now. A run that is started again may get it."""
 
 
 class Shards:
@@ -29,6 +34,7 @@ class Shards:
         ModuleNotFoundError: `datasets` is not installed.
         FileNotFoundError: There is nothing at `path`, here or on the Hub.
         ValueError: The split or the configuration is not there, or the first file is damaged.
+        Unreachable: The Hub does not answer.
     """
 
     def __init__(
@@ -95,8 +101,10 @@ def _told(file: str, records: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if not Path(file).exists():
+            raise Unreachable(f"{said}, which is not on this machine: {error}") from error
         raise OSError(f"{said}: {error}") from error
-    except ValueError as error:
+    except (ValueError, EOFError, zlib.error) as error:
         raise ValueError(f"{said}: {error}") from error
 
 
@@ -117,7 +125,9 @@ def _builder(path: str, name: str | None, split: str, revision: str | None) -> A
             builder = datasets.load_dataset_builder(str(here), name)
         else:
             builder = datasets.load_dataset_builder(path, name, revision=revision)
-    except (FileNotFoundError, ConnectionError) as error:
+    except ConnectionError as error:
+        raise Unreachable(f"data.path={path!r}: the Hub does not answer: {error}") from error
+    except FileNotFoundError as error:
         raise FileNotFoundError(
             f"data.path={path!r} is neither a file or a folder of data nor on the Hub: {error}"
         ) from error

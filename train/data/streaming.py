@@ -90,7 +90,8 @@ class Streaming(_Tokenized):
         self._shards = Shards(path, name=name, split=split, revision=revision, field=field)
         super().__init__(ids, context, {})
         held = self._hold(held_out)
-        told = [self._shards.key(), name, split, field, end_of_document, shuffle, [d.text for d in held]]
+        told: list[Any] = [self._shards.key(), name, split, field, end_of_document, seed, shuffle]
+        told.append([d.text for d in held])
         self._facts |= {
             "corpus": "streaming", "path": path, "files": len(self._shards), "tokenizer": ids.name,
             "vocab": ids.vocab, "context": context, "pack": True, "held_out": held_out,
@@ -139,10 +140,18 @@ class Streaming(_Tokenized):
 
     def _documents(self, start: Cursor) -> Iterator[tuple[Cursor, Ints]]:
         """Each document from the one that `start` is in, and where it is."""
-        taken = start.taken
+        taken, epoch, tokens = start.taken, start.epoch, True
         for block, found in self._blocks(start):
+            if block.epoch != epoch:
+                if not tokens:
+                    raise ValueError(
+                        f"data.path={self._facts['path']}: no document that is trained on has a token by "
+                        f"data.tokenizer={self._facts['tokenizer']!r}"
+                    )
+                epoch, tokens = block.epoch, False
             for first in range(taken, len(found), _ENCODED):
                 some = self._encoded(found[first : first + _ENCODED])
+                tokens = tokens or any(map(len, some))
                 yield from ((replace(block, taken=first + i), ids) for i, ids in enumerate(some))
             taken = 0
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ...models.gpt import GPT
 from ..integrations import needs_extra, sum_gradients
+from ..singly import Singly
 from .ddp import AXES
 from .megatron_parts import parts_of
 from .protocol import Build, May, Weights
@@ -53,6 +54,11 @@ class Megatron:
                 self.cut.add(p)
         self.group = mesh[AXES]._flatten("weights").get_group() if dist.get_world_size() > 1 else None
         self.optimizer = build(model)
+        if isinstance(self.optimizer, Singly) and tp.size() > 1:
+            raise ValueError(
+                f"memory.optimizer is host, and parallel.mesh.tp {tp.size()}; engine=megatron takes one of "
+                "them: set memory.optimizer=device or parallel.mesh.tp=1"
+            )
 
     def backward(self, *inputs: Any, last: bool) -> Tensor:
         loss: Tensor = self.objective(*inputs)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -60,8 +60,13 @@ def saved_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     fresh = not optimizer.state
     optim = get_optimizer_state_dict(model, optimizer)
     if fresh:
-        # torch made the state by a step with zero gradients, which a run that starts here must not count
+        # torch made the state by a step with zero gradients, which must not count: neither in a run that
+        # starts here, nor in one that goes on from this as its checkpoint
         optimizer.state.clear()
+        for kept in cast(dict[str, dict[str, Any]], optim["state"]).values():
+            for x in kept.values():
+                if isinstance(x, Tensor):
+                    local(x).zero_()
     return {"model": get_model_state_dict(model), "optim": optim["state"]}
 
 

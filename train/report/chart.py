@@ -131,7 +131,8 @@ class _Scale:
         return found if len(found) > 1 else ticks(self.low, self.high, 4)
 
     def x_ticks(self) -> list[float]:
-        return ticks(self.left, self.right, 4)
+        # a step is whole
+        return [t for t in ticks(self.left, self.right, 4) if t == round(t)]
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:

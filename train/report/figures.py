@@ -69,7 +69,9 @@ def smoothed(name: str, points: tuple[list[float], list[float]], style: str) -> 
     x, y = points
     if len(y) < 20:
         return [Line(name, x, y, style)]
-    means = smooth(np.array(y), max(len(y) // 40, 1)).tolist()
+    # one huge value would leave no digits of the others in the sums that the means are made of
+    large = 1e9 * float(np.median(np.abs(y)))
+    means = smooth(np.clip(y, -large, large) if large else np.array(y), max(len(y) // 40, 1)).tolist()
     return [Line(name, x, y, f"{style} faint"), Line(name, x, means, style)]
 
 
@@ -84,8 +86,9 @@ def key_figures(story: Story) -> list[Tile]:
     last: dict[str, Any] = dict(rows[-1]) if rows else {}
     done = int(story.status.get("step", last.get("step", 0)))
     seconds = summary.get("training_seconds")
+    wanted = config.get("train", {}).get("steps")
     tiles: list[Tile] = [
-        ("steps", f"{done:,}", f"of {config.get('train', {}).get('steps', '?'):,}"),
+        ("steps", f"{done:,}", f"of {wanted:,}" if isinstance(wanted, int) else ""),
         ("tokens", amount(last.get("tokens", 0)), f"in {duration(seconds)}" if seconds is not None else ""),
     ]
     _, losses = story.column("loss")

@@ -34,7 +34,9 @@ def timeline_html(path: Path) -> str:
     name = steps[-1]["name"]
     of_step = [e for e in steps if e["name"] == name]
     start, end = min(e["ts"] for e in of_step), max(e["ts"] + e["dur"] for e in of_step)
-    inside = [e for e in timed if start <= e["ts"] < end]
+    inside = [
+        e | {"dur": min(e["dur"], end - e["ts"])} for e in timed if start <= e["ts"] < end
+    ]  # what outlasts the step is cut
     ranks = sorted({e["pid"] for e in of_step})[:RANKS]
     told = [_rank([e for e in inside if e["pid"] == rank], rank, start, end) for rank in ranks]
     whole = f"{(end - start) / 1000:,.1f} ms"

@@ -54,7 +54,7 @@ class Story:
         metrics = folder / "metrics.jsonl"
         return cls(
             folder=folder,
-            config=yaml.safe_load(path.read_text()) or {},
+            config=_yaml(path),
             about=_json(folder / "run.json"),
             status=_json(folder / "status.json"),
             summary=_json(folder / "summary.json"),
@@ -111,6 +111,13 @@ class Story:
 
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _yaml(path: Path) -> Row:
+    try:
+        return yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
 def _json(path: Path) -> Row:
