@@ -1,7 +1,5 @@
 """Bad steps: a loss or gradient norm that is not finite, or far above those before, and what is done then."""
 
-import json
-import time
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch.distributed as dist
 
 from .agree import highest
 from .data.sample import Sourced
+from .record import append
 from .track import json_value
 
 Kind = Literal["nonfinite", "spike"]
@@ -117,11 +116,9 @@ class Faults:
 
     def write(self, row: dict[str, Any]) -> str:
         """Appends the row with the time (seconds since 1970); what went wrong, or nothing."""
-        row = {"time": round(time.time(), 3), **row}
-        row |= {name: json_value(name, x) for name, x in row.items() if isinstance(x, float)}
+        floats = {name: json_value(name, x) for name, x in row.items() if isinstance(x, float)}
         try:
-            with self.path.open("ab", buffering=0) as file:
-                file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+            append(self.path, row | floats)
         except OSError as error:
             return f"{self.path} cannot be written: {error.strerror or error}"
         return ""

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch.distributed as dist
 
 from .data.clip import missing
-from .diffusion.grids import by_class, save_gif, save_mp4, save_png
+from .diffusion.grids import by_class, needs_av, save_gif, save_mp4, save_png
 from .diffusion.metrics import Features
 from .diffusion.ruler import Ruler, Sampled
 from .diffusion.samplers import Euler, Sampler
@@ -148,8 +148,8 @@ def check_video(setting: str, video: str) -> None:
 
 def films_of(video: Video) -> None:
     """ModuleNotFoundError where such a file cannot be written."""
-    if video == "mp4" and find_spec("av") is None:
-        raise missing("av", "an MP4 of samples", extra="video")
+    if video == "mp4":
+        needs_av()
 
 
 def grids(found: Sampled, folder: Path, name: str, video: Video = "gif") -> dict[str, Path]:

@@ -85,9 +85,15 @@ class Record:
         if self.folder is None or self.rank:
             return
         row = {name: json_value(name, value) for name, value in values.items()}
-        line = json.dumps({"time": round(time.time(), 3), "kind": kind, **row}) + "\n"
-        with suppress(OSError), (self.folder / EVENTS).open("ab", buffering=0) as file:
-            file.write(line.encode())
+        with suppress(OSError):
+            append(self.folder / EVENTS, {"kind": kind, **row})
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """A line of JSON more: the row, and before it `time`, in seconds since 1970. Raises OSError."""
+    line = json.dumps({"time": round(time.time(), 3), **row}, allow_nan=False) + "\n"
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -94,8 +94,7 @@ def save_mp4(
     """
     if not 0.001 <= frame_s <= 60:
         raise ValueError(f"frame_s is {frame_s}; a frame of a film can last 0.001 to 60 s")
-    if find_spec("av") is None:
-        raise missing("av", "an MP4 of samples", extra="video")
+    needs_av()
     import av
 
     pages = tiled(clips, columns=columns, scale=scale, gutter=gutter)
@@ -112,6 +111,12 @@ def save_mp4(
             film.mux(stream.encode(av.VideoFrame.from_ndarray(page, format="rgb24")))
         film.mux(stream.encode())
     return path
+
+
+def needs_av() -> None:
+    """ModuleNotFoundError where no MP4 can be written."""
+    if find_spec("av") is None:
+        raise missing("av", "an MP4 of samples", extra="video")
 
 
 def _image(page: Bytes) -> Any:
