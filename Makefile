@@ -18,7 +18,7 @@ THREADS = $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo
 ROOMS := conf kernels parallel models train launch
 TYPED = $(addprefix .mypy/longspan/,__init__.py $(sort $(dir $(wildcard $(ROOMS:=/*.py)))))
 
-.PHONY: help install train test test-all check lint format-check types format gpu-test gpu-bench slurm-test docs-check clean
+.PHONY: help install train test test-all check lint format-check types format gpu-test gpu-bench gpu-bench-steps slurm-test docs-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -74,6 +74,9 @@ gpu-test: ## the tests that need a CUDA device, with .venv or the python3 that h
 
 gpu-bench: ## time the kernels on a CUDA device, 8 minutes, into benchmarks/results/
 	$(PY) -m benchmarks.kernels $(ARGS)
+
+gpu-bench-steps: ## time training steps of DiT-XL/2, a 1.3B video DiT and Llama-3.2-1B on a CUDA device, 8 minutes
+	$(PY) -m benchmarks.steps $(ARGS)
 
 slurm-test: $(INSTALLED) ## real SLURM jobs on a two-node cluster that it installs and starts here, as root
 	$(BIN)/python tests/slurm_cluster.py $(TEST_ARGS)

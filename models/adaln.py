@@ -131,9 +131,10 @@ def _flatten(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: objec
 
 
 @torch.no_grad()
-def reset(model: nn.Module) -> None:
+def reset(model: nn.Module, class_std: float = 0.02) -> None:
     """Initial weights of DiT (Peebles & Xie 2023, section 3.2, and their code): Xavier-uniform matrices,
-    normal 0.02 in the embeddings of time and class, zero in modulations and in the last layer.
+    normal 0.02 in the embedding of the time, normal `class_std` in that of the class, zero in modulations and
+    in the last layer.
     """
     for name, part in model.named_modules():
         if isinstance(part, nn.Linear):
@@ -147,4 +148,4 @@ def reset(model: nn.Module) -> None:
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Embedding):
-            nn.init.normal_(part.weight, std=0.02)
+            nn.init.normal_(part.weight, std=class_std)

@@ -1,7 +1,7 @@
 """A class-conditional Diffusion Transformer over patch tokens."""
 
 from collections.abc import Sequence
-from math import prod
+from math import inf, prod
 from typing import Literal
 
 import torch
@@ -77,7 +77,8 @@ class DiT(nn.Module):
     null class, which is the last row of the table. hidden: width inside the MLP, None is 4 dim. embedding: of
     the positions, a frozen sin-cos table, a learned one, or none. rope: turns queries and keys by their
     coordinates besides. freq_dim: sinusoids of the time; time_scale: factor on t before them, 1 for steps of
-    0 to 999, 1000 for t of 0 to 1. mask: one for all layers or one a layer, over row-major positions of the
+    0 to 999, 1000 for t of 0 to 1. class_std: spread of the classes' first vectors; 0.02 as published, about 1
+    where a short training has to tell them apart. mask: one for all layers or one a layer, over row-major positions of the
     grid.
 
     Parameters are named as in the published checkpoints, which `load_state_dict` takes as they are (size,
@@ -89,7 +90,7 @@ class DiT(nn.Module):
         heads: int, classes: int, *, hidden: int | None = None, learn_sigma: bool = True,
         embedding: Literal["sincos", "learned", "none"] = "sincos", rope: GridRope | None = None,
         qk_norm: bool = False, freq_dim: int = 256, time_scale: float = 1.0,
-        mask: Mask | Sequence[Mask] | None = None,
+        class_std: float = 0.02, mask: Mask | Sequence[Mask] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
@@ -98,6 +99,8 @@ class DiT(nn.Module):
         )
         if embedding not in ("sincos", "learned", "none"):
             raise ValueError(f"model.embedding is {embedding!r}; it can be sincos, learned or none")
+        if not 0 < class_std < inf:
+            raise ValueError(f"model.class_std is {class_std}; it must be more than 0")
         self.grid, self.patch = patch_grid(size, patch), axes(patch, len(size), "patch")
         self.kv_heads, self.classes = heads, classes
         self.text_dim, self.pooled_dim = None, None
@@ -111,7 +114,7 @@ class DiT(nn.Module):
         self.pos_embed = None if embedding == "none" else self._table(embedding == "learned")
         self.blocks = nn.ModuleList(Block(dim, heads, hidden, qk_norm=qk_norm) for _ in range(layers))
         self.final_layer = FinalLayer(dim, prod(self.patch) * self.out_channels)
-        reset(self)
+        reset(self, class_std)
 
     def _table(self, learned: bool) -> nn.Parameter:
         shape = (1, prod(self.grid), self.dim)

@@ -96,6 +96,19 @@ def test_a_checkpoint_goes_on_under_another_engine(
     assert_same(gone_on(world, tmp_path / "checkpoints", started, then), once(1, *ONE), since=5)
 
 
+@SLOW
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, "ddp"), ("ddp", 1), (1, 2)])
+def test_frozen_weights_stay_and_move_between_engines(
+    world: Worlds, data_cache: str, tmp_path: Path, before: int | str, after: int | str
+) -> None:
+    """In stage 3 with weights apart and, averaged, with its pieces."""
+    words = (data_cache, TEN, "lora.rank=2", "data.pack=true", "train.ema=0.9")
+    one = world(1)(run, config(*words, "parallel=single"), tmp_path / "one")
+    both = ((f"engine={x}",) if isinstance(x, str) else zero(x, tmp_path) for x in (before, after))
+    started, then = ((2, config(*words, *engine, *ring("zigzag"))) for engine in both)
+    assert_same(gone_on(world, tmp_path / "checkpoints", started, then), one, since=5)
+
+
 def poisoned(rank: int, cfg: DictConfig) -> tuple[float, float, float, list[str], tuple[int, int]]:
     """The norms of a step, of one whose loss is not finite and of the one after; the names of what the second
     changed; how many parameters are counted.

@@ -21,8 +21,9 @@ AXES = ("dp", "ring", "head")
 
 
 class DDP:
-    """bucket_mb: size of a gradient bucket. 0 reduces each parameter alone: only then are sums in the same
-    order before and after a resume, and losses bit-equal at any number of ranks. init_sync: rank 0's
+    """bucket_mb: size of a gradient bucket. 0 reduces each parameter alone where more than two ranks sum: only
+    then are sums in the same order before and after a resume, and losses bit-equal at any number of ranks (two
+    ranks have but one order, and get buckets of torch's size). init_sync: rank 0's
     weights are handed to all at the start, after a check that their shapes agree; without it they are those
     of the seed.
     """
@@ -44,10 +45,12 @@ class DDP:
         self.runner = objective
         if dist.get_world_size() > 1:
             group = concrete(mesh[AXES]._flatten)("weights").get_group()
+            apart = not self.bucket_mb and group.size() > 2
             ddp = DistributedDataParallel(
-                objective, process_group=group, bucket_cap_mb=self.bucket_mb or 1e-6, init_sync=self.init_sync
-            )
-            ddp.register_comm_hook(_Over(group, apart=not self.bucket_mb), _sum)
+                objective, process_group=group, bucket_cap_mb=1e-6 if apart else self.bucket_mb or None,
+                init_sync=self.init_sync,
+            )  # fmt: skip
+            ddp.register_comm_hook(_Over(group, apart), _sum)
             self.runner = ddp
 
     def backward(self, *inputs: Any, last: bool) -> Tensor:

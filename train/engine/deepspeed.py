@@ -126,12 +126,6 @@ class DeepSpeed:
 
     def _refuse(self, optimizer: torch.optim.Optimizer) -> None:
         """What no piece, or no checkpoint, can be made of."""
-        frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
-        if self.stage and frozen:
-            raise ValueError(
-                f"engine.stage is {self.stage}, which needs all weights to train, and {frozen[0]} is frozen "
-                "(lora.rank above 0 does so): take engine.stage=0, or engine=ddp or fsdp"
-            )
         if isinstance(optimizer, Rounded):
             raise ValueError(
                 "memory.weights is bfloat16, but engine=deepspeed keeps its own float32 weights: set it to "

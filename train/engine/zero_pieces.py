@@ -3,6 +3,7 @@
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,8 @@ class Pieces:
     """The weights and the optimizer state of a model under ZeRO stage 1, 2 or 3.
 
     Whole tensors are put together one parameter at a time, and of each a rank keeps its rows: a checkpoint
-    costs a rank its share of weights and state again, and the greatest parameter.
+    costs a rank its share of weights and state again, and the greatest parameter. Frozen weights are in no piece:
+    DeepSpeed gathers them itself.
 
     Args:
         model: Whose parameters `zero` has taken over.
@@ -63,9 +65,9 @@ class Pieces:
                 model[name] = x
                 continue
             if id(x) not in whole:
-                whole[id(x)] = self._shared(self._gather(x)) if self.stage == 3 else x.detach()
+                whole[id(x)] = shared(self._gather(x), self.weights) if self.stage == 3 else x.detach()
             model[name] = whole[id(x)]
-        optim = {name: self._state(p) for name, p in self.model.named_parameters()}
+        optim = {name: self._state(p) for name, p in self.model.named_parameters() if p.requires_grad}
         return {"model": model, "optim": optim}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -79,6 +81,9 @@ class Pieces:
                 key: torch.zeros_like(flat) if like.ndim else like.clone() for key, like in self.blank.items()
             }
         for name, p in self.model.named_parameters():
+            if not p.requires_grad:
+                self._set_frozen(p, state["model"][name])
+                continue
             self._put(p, state["model"][name])
             for key, value in state["optim"][name].items():
                 if self.blank[key].ndim:
@@ -94,13 +99,15 @@ class Pieces:
     def named(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each parameter as `save` gives it, of tensors like those of `held`."""
         alike = self._alike(like)
-        return {name: self._shared(self._gather(p, alike)) for name, p in self.model.named_parameters()}
+        parameters = self.model.named_parameters()
+        return {name: shared(self._gather(p, alike), self.weights) for name, p in parameters}
 
     def take(self, like: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
         """Fills what is like `held`."""
         alike = self._alike(like)
         for name, p in self.model.named_parameters():
-            self._put(p, named[name], alike)
+            if p.requires_grad:
+                self._put(p, named[name], alike)
 
     def changed(self) -> None:
         """The flat weights into the model's."""
@@ -122,20 +129,23 @@ class Pieces:
         for key, like in self.blank.items():
             if like.ndim:
                 blank = torch.zeros(shape_of(p), device=p.device)
-                state[key] = self._shared(self._gather(p, self._kept(key)) if kept else blank)
+                state[key] = shared(self._gather(p, self._kept(key)) if kept else blank, self.weights)
             else:
                 state[key] = torch.tensor(float(kept.get(key, like)))
         return state
 
     def _gather(self, p: nn.Parameter, alike: Alike = _itself) -> Tensor:
-        """The whole weight, or what is like it, on every rank: all but one add zero to each element."""
-        shape = shape_of(p)
-        whole = torch.zeros(shape, dtype=torch.float32, device=p.device)
-        if (piece := self._piece(p)) is not None:
-            held = alike(piece.flat).detach()[piece.at : piece.at + piece.length]
-            whole.view(-1)[piece.first : piece.first + piece.length] = held
-        dist.all_reduce(whole, group=self.weights.get_group())
-        return whole
+        """The whole weight, or what is like it, on every rank: all but one add zero to each element. Of a frozen
+        one nothing is like it but itself.
+        """
+        if not p.requires_grad:
+            with gathered(p):
+                return p.detach().float().clone()
+        whole = torch.zeros(shape_of(p), dtype=torch.float32, device=p.device)
+        if (piece := self._piece(p)) is None:
+            return assembled(whole, None, 0, self.weights)
+        held = alike(piece.flat).detach()[piece.at : piece.at + piece.length]
+        return assembled(whole, held, piece.first, self.weights)
 
     @torch.no_grad()
     def _put(self, p: nn.Parameter, value: Tensor, alike: Alike = _itself) -> None:
@@ -143,6 +153,13 @@ class Pieces:
         if (piece := self._piece(p)) is not None:
             own = whole.reshape(-1)[piece.first : piece.first + piece.length]
             alike(piece.flat)[piece.at : piece.at + piece.length] = own
+
+    @torch.no_grad()
+    def _set_frozen(self, p: nn.Parameter, value: Tensor) -> None:
+        """Fills a frozen weight."""
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        with gathered(p, modifier_rank=0):
+            p.copy_(whole)
 
     def _count(self, key: str, value: Tensor) -> None:
         """What is one number for all parameters, such as the count of steps."""
@@ -170,18 +187,6 @@ class Pieces:
             else self.zero.single_partition_of_fp32_groups
         )
 
-    def _shared(self, whole: Tensor) -> DTensor:
-        """This rank's rows of it, in memory of their own."""
-        rows = distribute_tensor(whole, self.weights, [Shard(0)], src_data_rank=None)
-        return DTensor.from_local(
-            rows.to_local().clone(),
-            self.weights,
-            [Shard(0)],
-            run_check=False,
-            shape=whole.shape,
-            stride=whole.stride(),
-        )
-
     def _spread(self) -> None:
         """The float32 weights into the model's."""
         if self.stage < 3:
@@ -192,6 +197,32 @@ class Pieces:
             self.zero._reassign_or_swap_out_partitioned_parameters(i)
         if kept := self.zero.persistent_parameters:
             kept[0].all_gather(kept)
+
+
+def gathered(p: nn.Parameter, **named: Any) -> AbstractContextManager[Any]:
+    """The whole parameter is there, in every stage. modifier_rank: whose change counts."""
+    import deepspeed
+
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(p, **named)
+    return context
+
+
+def assembled(whole: Tensor, held: Tensor | None, first: int, weights: DeviceMesh) -> Tensor:
+    """Fills `whole`, zeros, on every rank: with `held`, what this one has, from element `first` on, and with
+    what the others have. All but one add zero to each element.
+    """
+    if held is not None:
+        whole.view(-1)[first : first + held.numel()] = held
+    dist.all_reduce(whole, group=weights.get_group())
+    return whole
+
+
+def shared(whole: Tensor, weights: DeviceMesh) -> DTensor:
+    """This rank's rows of what all of `weights`, one axis, have, in memory of their own."""
+    rows = distribute_tensor(whole, weights, [Shard(0)], src_data_rank=None).to_local().clone()
+    return DTensor.from_local(
+        rows, weights, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def shape_of(p: nn.Parameter) -> torch.Size:
