@@ -166,7 +166,7 @@ def ranked(words: Sequence[str], size: int) -> list[dict[str, Any]]:
     mp.spawn(_measured, (words, size, port, tried, found), nprocs=size)
     link = found["link"]
     card = replace(hardware("gpu", "cpu"), link_gbs=link[1], link_us=link[0], link_share=1.0)
-    on = Machine(card, Interconnect("", 1.0), size, calibrated(job, size))
+    on = Machine(card, Interconnect("", 1.0), size, calibrated(job, size), attends=True)
     rows = []
     for way in tried:
         sent = needed(words, job, way, size).sent
@@ -176,13 +176,13 @@ def ranked(words: Sequence[str], size: int) -> list[dict[str, Any]]:
 
 
 def agreement(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
-    """Of the pairs of layouts that are predicted more than TELLS apart, how many were measured in that order,
-    and how many there are.
+    """Of the pairs of layouts that are predicted more than TELLS of the measured time apart, how many were
+    measured in that order, and how many there are.
     """
     right = told = 0
     for a, b in combinations(rows, 2):
         fast, slow = sorted((a, b), key=lambda r: float(r["predicted"]))
-        if slow["predicted"] > (1 + TELLS) * fast["predicted"]:
+        if slow["predicted"] - fast["predicted"] > TELLS * min(a["measured"], b["measured"]):
             told += 1
             right += slow["measured"] > fast["measured"]
     return right, told

@@ -112,7 +112,7 @@ def planned(cfg: DictConfig, words: Sequence[str], measure: Measure | None = Non
     given, node = job_words(words), cfg.gpus // nodes
     job, card = shape(cfg), made(cfg.gpu)
     rates = calibrated(job, node) if cfg.calibrate else benchmarked(card, job.precision, job.head_dim)
-    on = Machine(card, made(cfg.interconnect), node, rates)
+    on = Machine(card, made(cfg.interconnect), node, rates, attends=cfg.calibrate)
     ways = list(candidates(cfg, job, cfg.gpus, node))
     if not ways:
         raise ValueError(

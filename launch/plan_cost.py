@@ -10,6 +10,7 @@ from ..parallel.balance import ESTIMATE
 from ..parallel.placement import named
 from ..parallel.star import shape as star_of
 from .ledger import Moved
+from .plan_calibrate import attended
 from .plan_hardware import Card, Interconnect, Rates
 from .plan_job import OFFLOADED, Candidate, Shape
 from .plan_traffic import recomputes
@@ -22,6 +23,8 @@ PASSED = 16, 8
 ADDED = 16, 12
 # Bytes of an update of AdamW: weight, gradient and two moments in float32 read, all but the gradient written.
 UPDATED = 28
+# Seconds of a layer's attention of one sequence, above which it is not timed here.
+ATTENDS = 1.0
 # A placement that is this uneven is not taken where another is more even.
 EVEN = 1.05
 USUAL = {"ring": "zigzag", "gather": "zigzag", "usp": "zigzag", "s2": "contiguous"}
@@ -29,12 +32,15 @@ USUAL = {"ring": "zigzag", "gather": "zigzag", "usp": "zigzag", "s2": "contiguou
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a plan is made for. node: devices of a machine."""
+    """Where a plan is made for. node: devices of a machine. attends: attention is timed here, each way's own
+    calls, where it takes less than ATTENDS; else it is taken at the rates.
+    """
 
     card: Card
     between: Interconnect
     node: int
     rates: Rates
+    attends: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,18 @@ def compute(job: Shape, way: Candidate, on: Machine) -> Times:
         even = way.layout in ("star", "ulysses", "single")
         ranks = 1 if even else way.ring
         most = most_pairs(mask, job.tokens, ranks, name) / (way.ring if way.layout == "star" else 1)
-        pairs = passes * layers * most
-        work = 4 * job.head_dim * heads * pairs
-        attention += work * (1 + again) / rates.forward + 2.5 * work / rates.backward
-        attention += layers * way.accumulate * (2 + again) * _calls(job, way, mask) * rates.call
+        work = 4 * job.head_dim * heads * most
+        forward, backward = work / rates.forward, 2.5 * work / rates.backward
+        # heads of their own have other masks
+        alike = not mask.per_head or way.head * way.tp == 1
+        if on.attends and alike and way.layout != "star" and forward < ATTENDS:
+            forward, backward = attended(
+                job, mask, on.node, heads=heads, kv_heads=-(-job.kv_heads // (way.head * way.tp)),
+                ring=way.ring, placement=name, hops=way.layout in ("ring", "usp"),
+            )  # fmt: skip
+        else:
+            attention += layers * way.accumulate * (2 + again) * _calls(job, way, mask) * rates.call
+        attention += passes * layers * (forward * (1 + again) + backward)
     numbers = (PASSED[0] * job.dim + PASSED[1] * job.hidden) * job.layers * (3 + again)
     passed = numbers * job.width / way.tp + _added(job, way) * job.layers
     held = job.parameters / way.tp / (1 if way.engine == "ddp" else way.dp * way.split)

@@ -13,11 +13,12 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from longspan.kernels.mask import Causal
+from longspan.kernels.mask import Causal, Mask, Window
+from longspan.launch import plan_cost
 from longspan.launch.dryrun import estimate, stood_in
 from longspan.launch.ledger import Moved
 from longspan.launch.plan import Planning, job_words, plan, planned
-from longspan.launch.plan_calibrate import calibrated
+from longspan.launch.plan_calibrate import attended, calibrated
 from longspan.launch.plan_cost import Machine, compute, timed
 from longspan.launch.plan_hardware import Card, assumed, benchmarked
 from longspan.launch.plan_job import Candidate, Shape, candidates
@@ -253,6 +254,42 @@ def test_what_is_here_can_be_timed() -> None:
     found = calibrated(job, 1)
     assert 1e8 < found.matmul < 1e14 and 1e7 < found.forward < 1e14 and 1e7 < found.backward < 1e14
     assert 0 < found.call < 0.5 and "measured here" in found.source
+
+
+def test_attention_that_is_timed_here_is_taken_as_it_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+
+    def known(job: Shape, mask: Mask, ranks: int, **of: object) -> tuple[float, float]:
+        asked.append({"ranks": ranks, **of})
+        return 0.1, 0.3
+
+    monkeypatch.setattr(plan_cost, "attended", known)
+    on = replace(machine(), attends=True)
+    job = replace(LLAMA, tokens=4096)
+    way = replace(ONE, layout="ulysses", head=4, micro=2, accumulate=3)
+    assert compute(job, way, on).attention == pytest.approx(6 * LLAMA.layers * 0.4)
+    assert compute(job, replace(way, memory="long"), on).attention == pytest.approx(6 * LLAMA.layers * 0.5)
+    assert asked[0] == {
+        "ranks": on.node, "heads": 8, "kv_heads": 2, "ring": 1, "placement": "contiguous", "hops": False,
+    }  # fmt: skip
+    compute(job, replace(ONE, layout="ring", ring=4), on)
+    assert asked[-1]["hops"] and asked[-1]["ring"] == 4 and asked[-1]["placement"] == "zigzag"
+    # what would take long is taken at the rates
+    count = len(asked)
+    slow = replace(on, rates=replace(on.rates, forward=1e6))
+    assert compute(job, way, slow).attention > 1 and len(asked) == count
+
+
+@pytest.mark.slow
+def test_a_ways_own_attention_can_be_timed() -> None:
+    job = replace(planned(planning("gpus=2"), TINY, arithmetic(LLAMA)).job, tokens=8192)
+    few = {"heads": 4, "kv_heads": 2, "placement": "zigzag"}
+    whole = attended(job, Causal(), 1, ring=1, hops=False, **few)
+    half = attended(job, Causal(), 1, ring=2, hops=True, **few)
+    near = attended(job, Window(64, 0), 1, ring=1, hops=False, **few)
+    # half of it but for what else the machine does
+    assert all(0 < b < 2 * a for a, b in zip(whole, half, strict=True))
+    assert near[0] < whole[0] and near[1] < whole[1]
 
 
 def test_closed_volumes_are_those_of_the_design() -> None:
