@@ -6,6 +6,7 @@ from itertools import product
 from math import prod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from .fields import UNLIMITED, integer, integers, require, within
@@ -110,6 +111,12 @@ class Axis(Leaf):
         first, end = self.seen(low, last_low), self.seen(high, last_high)
         return (k_high >= first[0]) & (k_low <= end[1]), (k_low >= end[0]) & (k_high <= first[1])
 
+    def pairs(self) -> int:
+        """Visible pairs along the axis."""
+        at = torch.arange(self.size)
+        first, end = self.seen(at // self.dilation, (self.size - 1 - at % self.dilation) // self.dilation)
+        return int((end - first.clamp(min=0) + 1).sum())
+
     def seen(self, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """First and last place that a query at place x of 0 to `last` sees; neither falls as these grow."""
         leader = (x // self.stride * self.stride + self.stride // 2).minimum(last)
@@ -172,6 +179,10 @@ class Neighborhood(Composed):
         inner = [prod(grid[i + 1 :]) for i in range(len(grid))]
         each: Any = zip(inner, grid, self.window, self.dilation, self.stride, self.causal, strict=True)  # type: ignore[arg-type]
         return [(CausalAxis if causal else Axis)(*numbers) for *numbers, causal in each]
+
+    def counted(self, length: int) -> int | None:
+        """Of the whole grid: axes are independent of each other."""
+        return prod(axis.pairs() for axis in self.axes()) if length == prod(self.grid) else None
 
     def parts(self, of: int) -> Mask:
         axes = self.axes()

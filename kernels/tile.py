@@ -217,5 +217,8 @@ def pairs(mask: Mask, length: int, kv_heads: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _whole(mask: Mask, length: int, kv_heads: int) -> int:
+    known = mask.counted(length)
+    if known is not None:
+        return known
     whole = (Span(0, length),) if length else ()
     return area(mask, whole, whole, kv_heads)

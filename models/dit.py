@@ -77,9 +77,9 @@ class DiT(nn.Module):
     null class, which is the last row of the table. hidden: width inside the MLP, None is 4 dim. embedding: of
     the positions, a frozen sin-cos table, a learned one, or none. rope: turns queries and keys by their
     coordinates besides. freq_dim: sinusoids of the time; time_scale: factor on t before them, 1 for steps of
-    0 to 999, 1000 for t of 0 to 1. class_std: spread of the classes' first vectors; 0.02 as published, about 1
-    where a short training has to tell them apart. mask: one for all layers or one a layer, over row-major positions of the
-    grid.
+    0 to 999, 1000 for t of 0 to 1. class_std: spread of the classes' first vectors; 0.02 as published, about
+    1 where a short training has to tell them apart. mask: one for all layers or one a layer, over row-major
+    positions of the grid.
 
     Parameters are named as in the published checkpoints, which `load_state_dict` takes as they are (size,
     patch and width as published). Nothing here knows of ranks.

@@ -10,7 +10,7 @@ from longspan.kernels.mask import Documents
 from longspan.kernels.neighborhood import Neighborhood, brick_order, row_major
 from longspan.kernels.patterns import BlockPermutation
 from longspan.kernels.span import Span, positions
-from longspan.kernels.tile import listed, tiles
+from longspan.kernels.tile import area, listed, pairs, tiles
 from patterns import CPU, KV_HEADS, WHOLE, check_classification, line, seen, truth
 
 
@@ -81,3 +81,19 @@ def test_packed_grids_may_end_within_a_tile() -> None:
         check_classification(mask, WHOLE, WHOLE, (16, 16))
         with pytest.raises(ValueError, match="has 20 positions, 0 to 19, but is asked for"):
             lower(Documents((0, 30), inner), WHOLE, WHOLE, KV_HEADS, CPU)
+
+
+@pytest.mark.parametrize("causal", [False, True, (True, False, False)])
+@pytest.mark.parametrize(
+    ("window", "dilation", "stride"),
+    [((3, 3, 5), 1, 1), ((2, 4, 3), 1, (2, 4, 1)), ((2, 2, 2), (2, 1, 3), 1)],
+)
+def test_pairs_of_a_whole_grid_are_known(
+    window: tuple[int, ...], dilation: int | tuple[int, ...], stride: int | tuple[int, ...],
+    causal: bool | tuple[bool, ...],
+) -> None:  # fmt: skip
+    mask = Neighborhood((5, 4, 8), window, dilation, stride, causal)
+    everything = (Span(0, 160),)
+    assert mask.counted(160) == pairs(mask, 160, 2) == area(mask, everything, everything, 2)
+    assert mask.counted(150) is None
+    assert pairs(mask, 150, 2) == area(mask, (Span(0, 150),), (Span(0, 150),), 2) < pairs(mask, 160, 2)

@@ -21,11 +21,10 @@ AXES = ("dp", "ring", "head")
 
 
 class DDP:
-    """bucket_mb: size of a gradient bucket. 0 reduces each parameter alone where more than two ranks sum: only
-    then are sums in the same order before and after a resume, and losses bit-equal at any number of ranks (two
-    ranks have but one order, and get buckets of torch's size). init_sync: rank 0's
-    weights are handed to all at the start, after a check that their shapes agree; without it they are those
-    of the seed.
+    """bucket_mb: size of a gradient bucket. 0 reduces each parameter alone where more than two ranks sum:
+    only then are sums in the same order before and after a resume, and losses bit-equal at any number of
+    ranks (two ranks have but one order, and get buckets of torch's size). init_sync: rank 0's weights are
+    handed to all at the start, after a check that their shapes agree; without it they are those of the seed.
     """
 
     def __init__(self, *, bucket_mb: float = 0.0, init_sync: bool = True) -> None:

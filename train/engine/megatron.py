@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ from ...models.gpt import GPT
 from ..integrations import needs_extra, sum_gradients
 from ..singly import Singly
 from .ddp import AXES
+from .megatron_distributed import Distributed, needs_cuda
+from .megatron_native import write
 from .megatron_parts import parts_of
 from .protocol import Build, May, Weights
 from .states import load_state, saved_state, total_norm, update
@@ -23,20 +27,37 @@ from .tensor_parallel import check
 class Megatron:
     """The layers of a GPT are those of megatron-core's GPTModel, held together by the ranks of the axis tp
     (Shoeybi et al. 2019, section 3); attention is the job's layout. Gradients are summed over dp x ring x
-    head. The optimizer is optim's, and every rank holds the state of all that it has of the weights.
+    head.
+
+    optimizer: `ours` is optim's, and every rank holds the state of all that it has of the weights;
+    `distributed` is Megatron's AdamW, with optim's settings, of which each rank holds a part. native: beside
+    each checkpoint, in the run folder's native/, one of Megatron's own, which needs its optimizer.
     """
 
+    def __init__(self, *, optimizer: Literal["ours", "distributed"] = "ours", native: bool = False) -> None:
+        if optimizer not in ("ours", "distributed"):
+            raise ValueError(f"engine.optimizer is {optimizer!r}; it can be ours or distributed")
+        if native and optimizer == "ours":
+            raise ValueError("engine.native is true; it needs engine.optimizer=distributed, not ours")
+        self.distributed, self.native = optimizer == "distributed", native
+
     def wrap(self, objective: nn.Module, build: Build, mesh: DeviceMesh) -> None:
-        model = objective.model
+        model, tp = objective.model, mesh["tp"]
         if not isinstance(model, GPT):
             raise ValueError(
                 f"engine=megatron serves models of text, not {type(model).__name__}: take engine=fsdp"
             )
-        refuse(model, mesh["tp"].size())
-        tp = mesh["tp"]
+        refuse(model, tp.size())
+        if self.distributed:
+            needs_cuda(mesh.device_type)
+        if self.native and model.mix is not None:
+            raise ValueError(
+                "engine.native is true, and model.predecessor, which Megatron's GPTModel does not know: set "
+                "one of them to false"
+            )
         context = mesh["ring"].size() * mesh["head"].size()
         initialize(mesh, context)
-        self.names, table, layers, head = parts_of(model, tp, context)
+        self.names, table, layers, head, self.made = parts_of(model, tp, context)
         weights, tied = dict(model.state_dict()), self.names.tied
         model.embed, model.blocks, model.head = table, nn.ModuleList(layers), head  # type: ignore[assignment]
         model.to(device=weights["embed.weight"].device)
@@ -45,7 +66,7 @@ class Megatron:
         if tp.size() > 1:
             # each rank has the loss of its part of the vocabulary, and so an addend of this gradient
             model.norm.register_forward_hook(lambda _, args, x: _whole_gradient(x))
-        self._fill(dict(model.named_parameters()), weights)
+        self.names.fill(dict(model.named_parameters()), weights)
         for name, p in model.named_parameters():
             parts = [*self.names.parts(name, p.detach())]
             own = {part.name for part in parts} - {"head.weight" if tied else ""}
@@ -54,6 +75,10 @@ class Megatron:
                 self.cut.add(p)
         self.group = mesh[AXES]._flatten("weights").get_group() if dist.get_world_size() > 1 else None
         self.optimizer = build(model)
+        self.own: Distributed | None = None
+        if self.distributed:
+            self.own = Distributed(model, self.made, self.optimizer, self.names, mesh, self.cut)
+            return
         if isinstance(self.optimizer, Singly) and tp.size() > 1:
             raise ValueError(
                 f"memory.optimizer is host, and parallel.mesh.tp {tp.size()}; engine=megatron takes one of "
@@ -61,27 +86,42 @@ class Megatron:
             )
 
     def backward(self, *inputs: Any, last: bool) -> Tensor:
-        loss: Tensor = self.objective(*inputs)
-        loss.backward()
-        if last:
+        with nullcontext() if self.own is None or last else self.own.ddp.no_sync():
+            loss: Tensor = self.objective(*inputs)
+            loss.backward()
+        if last and self.own is not None:
+            # while a rank has whole gradients
+            self._sum_of_heads("main_grad")
+            self.own.ddp.finish_grad_sync()
+        elif last:
             sum_gradients(self.model, self.group)
-            self._sum_of_heads()
+            self._sum_of_heads("grad")
         # ranks that share layers have the same loss
         return loss.detach() / self.tp.size()
 
     def step(self, lr: float, clip: float, may: May = math.isfinite) -> float:
+        if self.own is not None:
+            return self.own.step(lr, clip, may)
         norm = total_norm([self._grad(p) for p in self.model.parameters() if p.grad is not None])
         update(self.optimizer, lr, norm, clip, may)
         return norm
 
     def save(self) -> dict[str, Any]:
-        raw = saved_state(self.model, self.optimizer)
+        raw = saved_state(self.model, self.optimizer) if self.own is None else {"model": self.held()}
         model = {
             part.name: self.names.whole(part)
             for name, x in raw["model"].items()
             if x is not None
             for part in self.names.parts(name, x)
         }
+        optim = self._state(raw) if self.own is None else self.own.state()
+        if self.names.tied:
+            # one parameter, which the optimizer knows by its first name
+            optim.pop("head.weight", None)
+        return {"model": model, "optim": optim}
+
+    def _state(self, raw: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+        """The state of our optimizer by the names of checkpoints."""
         optim: dict[str, dict[str, Tensor]] = {}
         for name, state in raw["optim"].items():
             like = raw["model"][name]
@@ -90,10 +130,16 @@ class Megatron:
                 for part in self.names.parts(name, x if x.shape == like.shape else like):
                     whole = self.names.whole(part) if x.shape == like.shape else x.clone()
                     optim.setdefault(part.name, {})[key] = whole
-        if self.names.tied:
-            # one parameter, which the optimizer knows by its first name
-            optim.pop("head.weight", None)
-        return {"model": model, "optim": optim}
+        return optim
+
+    def save_native(self, folder: Path, step: int) -> None:
+        """Megatron's dist_checkpointing; among what it writes are pickles."""
+        if not self.native:
+            return
+        assert self.own is not None
+        if not self.own.steps():
+            raise ValueError("no update was made yet, and Megatron's optimizer has no state to write")
+        write(self.made, self.own.zero, folder, step)
 
     def weights(self) -> Weights | None:
         return self
@@ -110,48 +156,36 @@ class Megatron:
 
     def take(self, like: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
         """Fills tensors that are like the parameters."""
-        self._fill(dict(like), dict(named))
+        self.names.fill(dict(like), dict(named))
 
     def changed(self) -> None:
         """Nothing else holds weights."""
 
     def load(self, state: dict[str, Any]) -> None:
+        if self.own is not None:
+            self.names.fill(self.held(), state["model"])
+            self.own.load(state["optim"])
+            return
         raw = saved_state(self.model, self.optimizer)
-        self._fill(raw["model"], state["model"])
+        self.names.fill(raw["model"], state["model"])
         for name, found in raw["optim"].items():
             like = raw["model"][name]
             for key, x in found.items():
                 if x.shape == like.shape:
-                    self._fill({name: x}, {n: s[key] for n, s in state["optim"].items() if key in s})
+                    self.names.fill({name: x}, {n: s[key] for n, s in state["optim"].items() if key in s})
                 else:
                     first = next(iter(self.names.parts(name, like))).name
                     x.copy_(state["optim"][first][key])
         load_state(self.model, self.optimizer, raw)
 
-    @torch.no_grad()
-    def _fill(self, ours: dict[str, Tensor], given: dict[str, Any]) -> None:
-        """Copies tensors by their names in a checkpoint, whole or as `save` gave them, to where they are."""
-        for name, x in ours.items():
-            # Megatron's layers have names for more state, without any
-            for part in self.names.parts(name, x.detach()) if x is not None else ():
-                if part.name not in given:
-                    continue
-                value = given[part.name]
-                if isinstance(value, DTensor):
-                    value = value.to_local()
-                elif part.dim is not None and self.tp.size() > 1:
-                    each = -(-value.shape[part.dim] // self.tp.size())
-                    first = self.tp.get_local_rank() * each
-                    value = value.narrow(part.dim, first, part.shape[part.dim])
-                part.view.copy_(value.reshape(part.view.shape))
-
-    def _sum_of_heads(self) -> None:
-        """Norms of single heads have a gradient from the heads of each rank."""
+    def _sum_of_heads(self, grad: str) -> None:
+        """Norms of single heads have a gradient, an attribute of that name, from the heads of each rank."""
         if self.tp.size() == 1:
             return
         for name, p in self.model.named_parameters():
-            if ("q_layernorm" in name or "k_layernorm" in name) and p.grad is not None:
-                dist.all_reduce(p.grad, group=self.tp.get_group())
+            x: Tensor | None = getattr(p, grad, None)
+            if ("q_layernorm" in name or "k_layernorm" in name) and x is not None:
+                dist.all_reduce(x, group=self.tp.get_group())
 
     def _grad(self, p: nn.Parameter) -> Tensor:
         """A gradient, as a DTensor where tensor-parallel ranks hold parts of it."""

@@ -2,7 +2,7 @@
 checkpoints have under every engine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -163,17 +163,40 @@ class Names:
             case _:
                 raise KeyError(module)
 
+    def size(self, part: Part) -> int:
+        """Of the whole along the dimension that tensor-parallel ranks hold together."""
+        assert part.dim is not None
+        vocab = part.name in ("embed.weight", "head.weight")
+        return self.vocab if vocab else part.shape[part.dim] * self.tp.size()
+
     def whole(self, part: Part) -> Tensor:
         """A tensor of its own, or a DTensor over the ranks that hold it together."""
         own = part.view.detach().reshape(part.shape)
         if part.dim is None or self.tp.size() == 1:
             return own.clone()
-        size = (
-            self.vocab
-            if part.name in ("embed.weight", "head.weight")
-            else own.shape[part.dim] * self.tp.size()
-        )
-        return _whole(own.clone(), part.dim, self.tp, size)
+        return _whole(own.clone(), part.dim, self.tp, self.size(part))
+
+    @torch.no_grad()
+    def fill(self, ours: Mapping[str, Tensor | None], given: Mapping[str, Tensor]) -> None:
+        """Copies tensors by their names in a checkpoint, whole or as DTensors, to where they are in tensors
+        like the parameters. Those that are not given stay.
+        """
+        for name, x in ours.items():
+            # Megatron's layers have names for more state, without any
+            for part in self.parts(name, x.detach()) if x is not None else ():
+                if part.name in given:
+                    part.view.copy_(self._held(part, given[part.name]).reshape(part.view.shape))
+
+    def _held(self, part: Part, value: Tensor) -> Tensor:
+        """Of what a checkpoint has, the part of this tensor-parallel rank."""
+        if isinstance(value, DTensor):
+            if value.device_mesh == self.tp:
+                return value.to_local()
+            value = value.full_tensor()
+        if part.dim is None or self.tp.size() == 1:
+            return value
+        first, _ = rows_of(value.shape[part.dim], self.tp.size(), self.tp.get_local_rank())
+        return value.narrow(part.dim, first, part.shape[part.dim])
 
 
 def _rows(vocab: int, tp: DeviceMesh) -> int:
@@ -190,10 +213,20 @@ def _whole(own: Tensor, dim: int, tp: DeviceMesh, size: int) -> Tensor:
     return DTensor.from_local(own, tp, [Shard(dim)], run_check=False, shape=shape, stride=stride)
 
 
-def parts_of(model: GPT, tp: DeviceMesh, context: int) -> tuple[Names, Table, list[Layer], Head]:
-    """megatron-core's GPTModel with the sizes of this model, in its parts: table, layers, output layer.
+class Parts(NamedTuple):
+    """megatron-core's GPTModel in its parts, and whole: `made`, whose last norm has the model's weight."""
 
-    context: ranks that hold a sequence together. Weights are not set.
+    names: Names
+    table: Table
+    layers: list[Layer]
+    head: Head
+    made: Any
+
+
+def parts_of(model: GPT, tp: DeviceMesh, context: int) -> Parts:
+    """megatron-core's GPTModel with the sizes of this model. Weights are not set.
+
+    context: ranks that hold a sequence together.
     """
     try:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -215,6 +248,8 @@ def parts_of(model: GPT, tp: DeviceMesh, context: int) -> tuple[Names, Table, li
         hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=False,
         bias_dropout_fusion=False, masked_softmax_fusion=False, bias_activation_fusion=False,
         apply_rope_fusion=False, params_dtype=model.embed.weight.dtype,
+        # losses are shares: Megatron's DDP adds gradients up instead of averaging them
+        calculate_per_token_loss=True,
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     own = {"rank": tp.get_local_rank(), "ranks": tp.size(), "kv_heads": model.kv_heads}
@@ -226,5 +261,9 @@ def parts_of(model: GPT, tp: DeviceMesh, context: int) -> tuple[Names, Table, li
     )  # fmt: skip
     table = Table(made.embedding.word_embeddings)
     head = Head(table if tied else made.output_layer, vocab, tp)
+    for linear in (table, head.linear):
+        # rows that fill up the vocabulary would hold whatever was in memory
+        nn.init.zeros_(linear.weight[_rows(vocab, tp) :])  # type: ignore[index]
     names = Names(model.layers, model.heads, model.kv_heads, model.head_dim, vocab, tied, tp)
-    return names, table, [Layer(layer) for layer in made.decoder.layers], head
+    made.decoder.final_layernorm.weight = model.norm.weight
+    return Parts(names, table, [Layer(layer) for layer in made.decoder.layers], head, made)

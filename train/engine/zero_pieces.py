@@ -40,8 +40,8 @@ class Pieces:
     """The weights and the optimizer state of a model under ZeRO stage 1, 2 or 3.
 
     Whole tensors are put together one parameter at a time, and of each a rank keeps its rows: a checkpoint
-    costs a rank its share of weights and state again, and the greatest parameter. Frozen weights are in no piece:
-    DeepSpeed gathers them itself.
+    costs a rank its share of weights and state again, and the greatest parameter. Frozen weights are in no
+    piece: DeepSpeed gathers them itself.
 
     Args:
         model: Whose parameters `zero` has taken over.
@@ -135,8 +135,8 @@ class Pieces:
         return state
 
     def _gather(self, p: nn.Parameter, alike: Alike = _itself) -> Tensor:
-        """The whole weight, or what is like it, on every rank: all but one add zero to each element. Of a frozen
-        one nothing is like it but itself.
+        """The whole weight, or what is like it, on every rank: all but one add zero to each element. Of a
+        frozen one nothing is like it but itself.
         """
         if not p.requires_grad:
             with gathered(p):
