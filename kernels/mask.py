@@ -82,10 +82,6 @@ class Mask(ABC):
         """Rows that the mask tells apart: 1 if it is the same for every row of a batch."""
         return 1
 
-    def counted(self, length: int) -> int | None:
-        """Visible pairs of the positions from 0 to `length`, where the mask knows them in closed form."""
-        return None
-
     def kind(self, head: int, of: int) -> Hashable:
         """Global kv heads of one kind see the same, and share their lists of tiles."""
         return head if self.per_head else None

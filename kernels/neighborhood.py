@@ -181,7 +181,7 @@ class Neighborhood(Composed):
         return [(CausalAxis if causal else Axis)(*numbers) for *numbers, causal in each]
 
     def counted(self, length: int) -> int | None:
-        """Of the whole grid: axes are independent of each other."""
+        """Visible pairs of the whole grid, whose axes are independent; None for another length."""
         return prod(axis.pairs() for axis in self.axes()) if length == prod(self.grid) else None
 
     def parts(self, of: int) -> Mask:

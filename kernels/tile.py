@@ -13,6 +13,7 @@ from .kept import kept
 from .lists import ranges
 from .lower import Lowered, lower, visible
 from .mask import Documents, Full, Mask, Range, bound_heads
+from .neighborhood import Neighborhood
 from .span import Span, Spans, total
 
 
@@ -217,7 +218,7 @@ def pairs(mask: Mask, length: int, kv_heads: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _whole(mask: Mask, length: int, kv_heads: int) -> int:
-    known = mask.counted(length)
+    known = mask.counted(length) if isinstance(mask, Neighborhood) else None
     if known is not None:
         return known
     whole = (Span(0, length),) if length else ()

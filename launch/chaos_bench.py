@@ -183,7 +183,7 @@ def launched(words: list[str], env: Mapping[str, str], output: Path) -> None:
     with output.open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    # torchrun would die of it
+    # until it listens
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     threads = max(1, (os.cpu_count() or 1) // RANKS)
     os.environ.update({"OMP_NUM_THREADS": str(threads), **env})
@@ -257,8 +257,7 @@ def watched(process: BaseProcess, run: Path, before: int) -> dict[int, float]:
 
 def killed(process: BaseProcess) -> None:
     """Ends a launcher and its ranks."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    ranks = [int(pid) for pid in children.read_text().split()] if children.exists() else []
-    for pid in (*ranks, process.pid or 0):
+    launcher = process.pid or 0
+    for pid in (*node.children(launcher), launcher):
         os.kill(pid, signal.SIGKILL)
     process.join()

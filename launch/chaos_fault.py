@@ -29,22 +29,19 @@ class Fault:
 
 @dataclass(frozen=True)
 class Struck:
-    """A strike of chaos_rank in step AT, as `act place`. answer: what the run does; again: it ends, and is
-    started again; words: of every start.
+    """A strike of chaos_rank in step AT, as `act place`, after which the run is started again. answer: what
+    it does; words: of every start.
     """
 
     strike: str
     answer: str
     promise: Promise
-    again: bool = True
     words: tuple[str, ...] = ()
 
     def __call__(self, fault: Fault, bench: Bench) -> Row:
         act, place = self.strike.split()
         strike = bench.strike(fault.name, act, place, AT)
-        lives = [bench.life(fault.name, *self.words, strike=strike)]
-        if self.again:
-            lives.append(bench.life(fault.name, *self.words))
+        lives = [bench.life(fault.name, *self.words, strike=planted) for planted in (strike, None)]
         return bench.row(fault.name, fault.what, self.answer, lives, self.promise)
 
 
@@ -127,7 +124,7 @@ STRIKES = (
     ),
     Fault(
         "usr1-launcher", "SIGUSR1 to the launcher",
-        Struck("usr1-launcher forward", "nothing: it is for the ranks", Promise(), again=False),
+        Struck("usr1-launcher forward", _SAVES, Promise((PREEMPTED,), _SIGNAL.format(10))),
     ),
     Fault(
         "term-rank", "SIGTERM to one rank",

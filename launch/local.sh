@@ -7,6 +7,6 @@ ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
 cores=$(nproc)
 # more threads than cores make ranks that share a machine ten times slower
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
-# torchrun would die of it and leave its ranks running; those have a handler of their own
+# until the launcher listens, which gives it to its ranks: they save and leave
 trap '' USR1
 exec python -m longspan.launch.node --standalone --nproc-per-node "$ranks" -m longspan.train "$@"

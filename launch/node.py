@@ -1,15 +1,19 @@
 """python -m longspan.launch.node ... -m longspan.train ...: torchrun that exits as its ranks did, and whose
-ranks meet, with --standalone as its first word, where nobody else can reach them.
+ranks meet, with --standalone as its first word, where nobody else can reach them. It gives its ranks SIGUSR1.
 
 torchrun itself exits with 1 whatever they say, and a scheduler must tell a run that was stopped and saved
-from one that failed; and it listens on all addresses of the machine.
+from one that failed; it listens on all addresses of the machine, and dies of SIGUSR1.
 """
 
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Thread
 
 from torch.distributed import DistError, TCPStore, run
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -49,9 +53,60 @@ def loopback() -> tuple[TCPStore, list[str]]:
     return store, ["--nnodes=1", "--node-rank=0", f"--master-addr={HERE}", f"--master-port={port}"]
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and that are there; none where there is no /proc."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        # a thread that has just ended has none
+        with suppress(OSError):
+            found += map(int, path.read_text().split())
+    return found
+
+
+@contextmanager
+def passed_on(number: signal.Signals) -> Iterator[None]:
+    """Meanwhile this process gives the signal to those that it has started, or else to the first that it will
+    start; afterwards it ignores it.
+
+    They are started with the signal held back: one that is not ready for it yet neither dies of it nor loses
+    it, but hears it when it listens (`Preempt`). For the main thread of a process that ends with it.
+    """
+    ear, mouth = os.pipe()
+    os.set_blocking(mouth, False)
+
+    def work() -> None:
+        # some thread must let it in
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+        while came := os.read(ear, 64):
+            if number not in came:
+                continue
+            while not (started := children(os.getpid())):
+                time.sleep(0.1)
+            for pid in started:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    # handlers run in the main thread, which may be waiting for something; the number is written at once
+    signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+    signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    Thread(target=work, name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        # Python takes its handlers away before it ends, and the process would die of one that comes late
+        signal.signal(number, signal.SIG_IGN)
+
+
 def main() -> None:
     """Runs torchrun with the words of the command line."""
-    words, store = sys.argv[1:], None
+    with passed_on(signal.SIGUSR1):
+        run_torchrun(sys.argv[1:])
+
+
+def run_torchrun(words: list[str]) -> None:
+    """Runs it, and exits as its ranks did if they failed."""
+    store = None
     try:
         if words[:1] == ["--standalone"]:
             store, there = loopback()

@@ -49,15 +49,20 @@ def report(cfg: DictConfig) -> int:
 
 def merged(folders: Sequence[Path]) -> list[str]:
     """Merges the ranks' traces of these runs where that has not been done since they were written: a line for
-    each.
+    each, and for each file that is no trace.
     """
     lines = []
     for folder in (folder / FOLDER for folder in folders):
         parts, whole = list(folder.glob("rank*.json.gz")), folder / ALL
         newest = max((part.stat().st_mtime for part in parts), default=0.0)
         if parts and not (whole.exists() and whole.stat().st_mtime >= newest):
-            path, ranks = merge(folder)
-            lines.append(f"ranks merged: {ranks}, {path}")
+            try:
+                found = merge(folder)
+            except ValueError as error:
+                lines.append(f"ranks merged: none: {error}")
+                continue
+            lines += [f"left out: {what}" for what in found.left_out]
+            lines.append(f"ranks merged: {found.ranks}, {found.path}")
     return lines
 
 

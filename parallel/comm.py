@@ -7,10 +7,26 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class Doing(NamedTuple):
+    """What is waited for in a group of `size` ranks; it is put into words only where somebody asks.
+
+    peers: ranks of the group, if not all.
+    """
+
+    what: str
+    size: int
+    peers: Sequence[int] = ()
+
+    def __str__(self) -> str:
+        ranks = f", ranks {sorted(set(self.peers))}" if self.peers else ""
+        return f"{self.what}{ranks} of a group of {self.size}"
 
 
 @dataclass
@@ -18,14 +34,14 @@ class Traffic:
     """What this rank has sent since `reset`: bytes by receiving rank of the layout, and messages.
 
     A part of another layout counts into the whole's: `ranks[peer]` is the rank there of its own rank `peer`.
-    doing: what is waited for just now, in words, or nothing; after an error, what was.
+    waiting: for what just now; after an error, for what it was.
     """
 
     whole: "Traffic | None" = None
     ranks: Sequence[int] = ()
     sent: Counter[int] = field(default_factory=Counter)
     messages: int = 0
-    doing: str = ""
+    waiting: Doing | None = None
 
     def add(self, peer: int, count: int) -> None:
         self.sent[peer] += count
@@ -33,11 +49,17 @@ class Traffic:
         if self.whole is not None:
             self.whole.add(self.ranks[peer], count)
 
-    def enter(self, doing: str) -> None:
+    def enter(self, waiting: Doing | None) -> None:
         """Says what is waited for."""
-        self.doing = doing
+        self.waiting = waiting
         if self.whole is not None:
-            self.whole.enter(doing)
+            self.whole.enter(waiting)
+
+    @property
+    def doing(self) -> str:
+        """What is waited for, in words, or nothing."""
+        waiting = self.waiting
+        return "" if waiting is None else str(waiting)
 
     def reset(self) -> None:
         self.sent.clear()
@@ -55,7 +77,7 @@ class Pending:
         tensors: Sequence[Tensor] = (),
         landings: Sequence[tuple[Tensor, Tensor]] = (),
         traffic: Traffic | None = None,
-        doing: str = "",
+        doing: Doing | None = None,
     ) -> None:
         """landings: (on the host, on the device), what must still be copied when it has arrived. doing: what
         `traffic` is told while this is waited for.
@@ -74,7 +96,7 @@ class Pending:
         for work in self._works:
             work.wait()
         if self._traffic is not None:
-            self._traffic.enter("")
+            self._traffic.enter(None)
         for host, x in self._landings:
             x.copy_(host)
         self._works, self._tensors, self._landings = (), (), ()
@@ -123,8 +145,7 @@ def post(
             kept.append(here)
     if not operations:
         return Pending()
-    peers = sorted({op.group_peer for op in operations})
-    doing = f"sends and receives, ranks {peers} of a group of {dist.get_world_size(group)}"
+    doing = Doing("sends and receives", group.size(), [op.group_peer for op in operations])
     return Pending(dist.batch_isend_irecv(operations), kept, landings, traffic, doing)
 
 
@@ -157,9 +178,9 @@ def exchange(
     rank, received = dist.get_rank(group), flat.new_empty(sum(sizes))
     indirect = staged(group, flat)
     into, given = (_on_host(received), _on_host(flat).copy_(flat)) if indirect else (received, flat)
-    traffic.enter(f"all-to-all of a group of {len(counts)}")
+    traffic.enter(Doing("all-to-all", len(counts)))
     dist.all_to_all_single(into, given, list(sizes), list(counts), group=group)
-    traffic.enter("")
+    traffic.enter(None)
     if indirect:
         received.copy_(into)
     for peer, count in enumerate(counts):

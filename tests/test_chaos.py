@@ -123,7 +123,7 @@ def test_the_docs_show_what_was_measured() -> None:
 
 @pytest.mark.slow
 def test_some_faults_do_what_their_rows_promise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["usr1-rank", "kill-backward", "kill-save", "nan-rewind", "bit-flips", "disk-full", "port"]
+    names = ["usr1-launcher", "kill-backward", "kill-save", "nan-rewind", "bit-flips", "disk-full", "port"]
     told = tmp_path / "rows.json"
     assert chaos.main([*names, "--moments", "2", "--json", str(told)]) == 0, capsys.readouterr()
     rows = read(json.loads(told.read_text())["rows"])

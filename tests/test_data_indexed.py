@@ -1,6 +1,8 @@
 """Megatron's .bin and .idx: megatron-core reads what is written, and what it wrote trains as text does."""
 
+import hashlib
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from longspan.train.config import typed
+from longspan.train.data import indexed
 from longspan.train.data.indexed import Indexed, write
 from longspan.train.data.sample import Ints
 from longspan.train.data.text import Text
@@ -96,6 +99,21 @@ def test_several_sequences_are_one_document_and_none_is_none(tmp_path: Path) -> 
     data = Indexed(path=tmp_path / "c", context=8, tokenizer="bytes", held_out=0.4)
     assert sorted(map(len, documents(data))) == [24, 40, 56]
     assert data.describe()["bad"] == 1 and data.describe()["records"] == 4
+
+
+def test_keys_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held out, and so the order of the rest, never changes: SHA-256 of 64 tokens at each end."""
+    monkeypatch.setattr(indexed, "_HASHED", 7)
+    draw = np.random.default_rng(0)
+    lengths = [*range(1, 20), 63, 64, 65, 127, 128, 129, *draw.integers(1, 400, 60).tolist()]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = draw.integers(0, 60_000, starts[-1]).astype(np.uint16)
+    want = []
+    for begin, end in pairwise(starts.tolist()):
+        ids = tokens[begin:end].tolist()
+        said = b"".join(i.to_bytes(8, "little") for i in (*ids[:64], *ids[-64:], len(ids)))
+        want.append(int.from_bytes(hashlib.sha256(said).digest()[:8], "little") / 2.0**64)
+    assert indexed._keys(tokens, starts).tolist() == want
 
 
 def cut(path: str, size: int) -> None:

@@ -178,7 +178,20 @@ def test_a_bad_record_is_skipped_or_told(record: Any, reason: str, tmp_path: Pat
     data = opened(path, held_out=1, bad_budget=0.0)
     with pytest.raises(ValueError) as caught:
         data.sample(20)
-    assert f"1 of 3 records are bad, the last of them {path}:4: {reason}" in str(caught.value)
+    assert f"1 of 4 records are bad, the last of them {path}:4: {reason}" in str(caught.value)
+    # one among those that are held out counts as well
+    with pytest.raises(ValueError) as caught:
+        opened(path, held_out=4, bad_budget=0.0)
+    assert f"1 of 4 records are bad, the last of them {path}:4: {reason}" in str(caught.value)
+
+
+def test_bad_records_of_both_parts_are_counted_together(tmp_path: Path) -> None:
+    path = records(tmp_path / "a.jsonl", *[{"id": i} for i in range(6)])
+    # five of them behind the eight documents held out, in each epoch again
+    path.write_text(path.read_text() + '{"text": "more"}\n' * 9 + '{"text": ""}\n' * 5)
+    assert opened(path, held_out=8).state(0)["bad"] == 6
+    with pytest.raises(ValueError, match="data.bad_budget=0.01: 11 of 26 records are bad, .*:26: empty"):
+        opened(path, held_out=8).sample(1000)
 
 
 def test_what_is_no_text_is_refused_where_it_stands(tmp_path: Path) -> None:
@@ -194,7 +207,10 @@ def test_what_is_no_text_is_refused_where_it_stands(tmp_path: Path) -> None:
         data.sample(20)
     numbers = tmp_path / "c.jsonl"
     numbers.write_text('{"text": 1}\n' * 20)
-    with pytest.raises(ValueError, match="hold out fewer, and 20 bad .* is int, not a string"):
+    with pytest.raises(ValueError, match="11 of 11 records are bad, the last .*:11: .* is int, not a string"):
+        opened(numbers, held_out=1)
+    numbers.write_text('{"text": 1}\n' * 9)
+    with pytest.raises(ValueError, match="hold out fewer, and 9 bad .* is int, not a string"):
         opened(numbers, held_out=1)
 
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -18,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from jobs import config
-from longspan.parallel.comm import Traffic
+from longspan.parallel.comm import Traffic, exchange, post
 from longspan.train import heartbeat
 from longspan.train.agree import PeerError
 from longspan.train.heartbeat import REPORT, Hang, Heartbeat, unanswered, watched
@@ -147,6 +149,35 @@ def test_which_errors_are_of_a_collective(error: Exception, is_one: bool) -> Non
         raise KeyError("behind it") from error
     except KeyError as behind:
         assert unanswered(behind) == is_one
+
+
+def waiting(rank: int) -> list[str]:
+    """What a part of a layout says to the whole while it waits for messages and for an all-to-all."""
+    whole, seen = Traffic(), list[str]()
+    part, group, x = Traffic(whole, (0, 1)), dist.group.WORLD, torch.zeros(2)
+    assert group is not None
+    given = {name: getattr(dist, name) for name in ("batch_isend_irecv", "all_to_all_single")}
+
+    def noted(name: str) -> Any:
+        def call(*words: Any, **named: Any) -> Any:
+            seen.append(whole.doing)
+            return given[name](*words, **named)
+
+        return call
+
+    with patch.multiple(dist, **{name: noted(name) for name in given}):
+        pending = post(group, [(x[:1], 1 - rank)], [(x[1:], 1 - rank)], part)
+        works = [SimpleNamespace(wait=lambda: seen.append(whole.doing)), *pending._works]
+        pending._works = works  # type: ignore[assignment]
+        pending.wait()
+        exchange(group, x, [1, 1], [1, 1], part)
+    return [*seen, part.doing]
+
+
+def test_what_a_transfer_waits_for_is_said_while_it_does(world: Worlds) -> None:
+    for rank, said in enumerate(world(2)(waiting)):
+        sent = f"sends and receives, ranks [{1 - rank}] of a group of 2"
+        assert said == ["", sent, "all-to-all of a group of 2", ""]
 
 
 def silent(rank: int, folder: Path) -> tuple[str, bool, dict[str, object]]:

@@ -190,13 +190,19 @@ def test_the_command_merges_traces_and_writes_where_it_is_told(
     folder = run(tmp_path / "a")
     (folder / "traces").mkdir()
     write_trace(folder / "traces", 0, GPU)
+    # of a rank that was killed as it wrote
+    half = folder / "traces" / "rank1.json.gz"
+    half.write_bytes((folder / "traces" / "rank0.json.gz").read_bytes()[:60])
     out = tmp_path / "page.html"
     assert command(OmegaConf.create({"run": str(folder), "out": str(out)})) == 0
-    assert capsys.readouterr().out.split("\n")[:2] == [
-        f"ranks merged: 1, {folder / 'traces' / ALL}",
-        str(out),
-    ]
+    lost, *said = capsys.readouterr().out.split("\n")[:3]
+    assert lost.startswith(f"left out: {half} is no trace of a rank (EOFError: ")
+    assert said == [f"ranks merged: 1, {folder / 'traces' / ALL}", str(out)]
     assert "ui.perfetto.dev" in out.read_text() and merged([folder]) == []
+    (other := run(tmp_path / "b") / "traces").mkdir()
+    half.replace(other / half.name)
+    (line,) = merged([other.parent])
+    assert line.startswith(f"ranks merged: none: {other / half.name} is no trace of a rank")
     for wrong in ([], [str(folder)] * 5, 3):
         with pytest.raises(ConfigError, match="it must be the folder of a run, or a list of two to four"):
             command(OmegaConf.create({"run": wrong, "out": None}))
@@ -271,7 +277,7 @@ def test_communication_beside_computation_is_hidden(tmp_path: Path) -> None:
     assert united([(0, 3), (3.5, 4), (5, 6)], 0.5) == [(0, 4), (5, 6)]
     assert common([(0, 4), (6, 9)], [(1, 2), (3, 7), (8, 12)]) == [(1, 2), (3, 4), (6, 7), (8, 9)]
     write_trace(tmp_path, 0, [event("step 7", "user_annotation", 0, 100), *GPU])
-    path, _ = merge(tmp_path)
+    path = merge(tmp_path).path
     html = timeline_html(path)
     Page(f"<div>{html}</div>")
     # a product from 40 to 70 and a copy from 35 to 39, a sum from 50 to 80

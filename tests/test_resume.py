@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from unittest.mock import patch
 
@@ -35,6 +36,7 @@ from longspan.train.guard import Diverged
 from longspan.train.job import build, processes
 from longspan.train.loop import Loop, State
 from longspan.train.preempt import EXIT_PREEMPTED, Preempt
+from longspan.train.record import Record
 from longspan.train.track import Metrics
 from world import RankFailed, Worlds
 
@@ -100,6 +102,23 @@ def status(folder: Path) -> dict[str, object]:
     return found
 
 
+def through_a_full_disk(rank: int, cfg: DictConfig, first: int, last: int) -> int:
+    """The job, whose metrics.jsonl takes none of the steps from `first` on, until `last`."""
+    path, aside, step = Path(cfg.run.dir) / "metrics.jsonl", Path(cfg.run.dir) / "aside", Record.step
+
+    def told(self: Record, number: int, total: int, values: Mapping[str, float]) -> None:
+        if number == first:
+            path.rename(aside)
+            path.symlink_to("/dev/full")
+        if number == last:
+            assert len(Metrics.read(aside)) == first - 1
+            aside.replace(path)
+        step(self, number, total, values)
+
+    with patch.object(Record, "step", told):
+        return whole(rank, cfg)
+
+
 def test_killed_at_any_step_and_resumed_twice(
     world: Worlds, once: Once, data_cache: str, tmp_path: Path
 ) -> None:
@@ -122,7 +141,7 @@ def test_killed_at_any_step_and_resumed_twice(
     with pytest.raises(RankFailed, match="died with exit code -9"):
         world(1)(whole, config(*words), (signal.SIGKILL, 0, 13))
     assert 13 <= len(told(tmp_path)) < STEPS and status(tmp_path)["state"] == "running"
-    assert world(1)(whole, config(*words)) == [0]
+    assert world(1)(through_a_full_disk, config(*words), STEPS - 1, STEPS) == [0]
     straight = once(1, "parallel=single", "data.pack=true")[0].rows
     assert values(told(tmp_path), *EXACT).equal(values(straight, *EXACT))
     assert status(tmp_path) == {"state": "finished", "step": STEPS, "exit": 0}

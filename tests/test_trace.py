@@ -65,9 +65,9 @@ GPU = [
 
 def test_kernels_transfers_and_the_host_have_lanes_of_their_own(tmp_path: Path) -> None:
     write(tmp_path, 0, GPU)
-    path, ranks = merge(tmp_path)
-    lanes, events = read(path)
-    assert (path.name, ranks) == (ALL, 1)
+    made = merge(tmp_path)
+    lanes, events = read(made.path)
+    assert (made.path.name, made.ranks, made.left_out) == (ALL, 1, [])
     found = {e["name"]: lanes[e["pid"], e["tid"]] for e in events}
     assert found == {
         "forward": "phases", "aten::mm": "host", "sm90_xmma_gemm": "kernels", "Memcpy HtoD": "kernels",
@@ -83,8 +83,7 @@ def test_clocks_of_one_machine_are_kept_and_those_of_others_meet(tmp_path: Path)
     # another machine, a day ahead, which was late at the meeting but left it with the others
     far = [event(MEETING, "user_annotation", 140, 10), event("aten::mm", "cpu_op", 207, 10)]
     write(tmp_path, 2, far, host="b", base=1_790_943_426_000_000_000)
-    path, _ = merge(tmp_path)
-    _, events = read(path)
+    _, events = read(merge(tmp_path).path)
     at = {(e["pid"], e["name"]): e["ts"] for e in events}
     assert at[0, MEETING] == 0.0
     assert [at[rank, "aten::mm"] for rank in range(3)] == [100.0, 103.0, 107.0]
@@ -103,7 +102,19 @@ def test_what_is_no_trace_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="trace.first=10 makes a run write them"):
         merge(tmp_path)
     write(tmp_path, 0, GPU)
-    (tmp_path / "rank1.json.gz").write_bytes((tmp_path / "rank0.json.gz").read_bytes()[:60])
+    write(tmp_path, 11, GPU)
+    whole = (tmp_path / "rank0.json.gz").read_bytes()
+    # killed as it wrote, before it wrote, something else, and damaged later
+    bad = (whole[:60], b"", gzip.compress(b"[]"), whole[:40] + bytes(40) + whole[80:])
+    for rank, content in enumerate(bad, 1):
+        (tmp_path / f"rank{rank}.json.gz").write_bytes(content)
+    made = merge(tmp_path)
+    assert made.ranks == 2 and {e["pid"] for e in read(made.path)[1]} == {0, 11}
+    assert len(made.left_out) == len(bad)
+    for rank, line in enumerate(made.left_out, 1):
+        assert line.startswith(f"{tmp_path}/rank{rank}.json.gz is no trace of a rank (")
+    for rank in (0, 11):
+        (tmp_path / f"rank{rank}.json.gz").unlink()
     with pytest.raises(ValueError, match="rank1.json.gz is no trace of a rank"):
         merge(tmp_path)
 

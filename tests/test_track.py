@@ -6,7 +6,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -17,8 +18,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from longspan.train.lines import Lines
 from longspan.train.login import choose_mode
-from longspan.train.record import sweep_of
+from longspan.train.progress import Progress
+from longspan.train.record import EVENTS, Record, sweep_of
 from longspan.train.track import Metrics, Nothing, Wandb
 
 CONF = Path(__file__).parent.parent / "conf" / "track"
@@ -100,20 +103,83 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     assert path.read_text().count("\n") == 3
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path, resume_step=None)
-    metrics.write(1, values(1.0))
+@contextmanager
+def room(size: int) -> Iterator[None]:
+    """No file of this process can be longer than so many bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        with pytest.raises(OSError, match="took 10 of the .* bytes of step 2: disk full"):
-            metrics.write(2, values(2.0))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    metrics.write(3, values(3.0))
+
+
+def test_what_a_full_disk_does_not_take_is_written_later(tmp_path: Path) -> None:
+    path, told = tmp_path / "metrics.jsonl", list[str]()
+    metrics = Metrics(path, resume_step=None, tell=told.append)
+    metrics.write(1, values(1.0))
+    with room(path.stat().st_size + 10):
+        for step in range(2, 6):
+            metrics.write(step, values(float(step)))
+            assert [row["step"] for row in lines(path)] == [1]
+        # back to a checkpoint, with as little room
+        metrics.back(3)
+        metrics.write(4, values(40.0))
+        assert len(told) == 1
+    metrics.write(5, values(50.0))
     metrics.close()
-    assert [row["step"] for row in lines(path)] == [1, 3]
+    assert [(row["step"], row["loss"]) for row in lines(path)] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50)]
+    assert told[0].startswith(f"{path} cannot be written: it took 10 of the ")
+    assert told[0].endswith("; training goes on, and its lines wait until it can, up to 10,000")
+    assert told[1:] == [f"{path} is written again, with 4 lines that had waited"]
+    with room(0):
+        metrics.back(2)
+    metrics.write(3, values(0.5))
+    assert [row["loss"] for row in lines(path)] == [1.0, 2.0, 0.5]
+
+
+def test_a_disk_that_stays_full_costs_the_oldest_lines(tmp_path: Path) -> None:
+    path, told = tmp_path / "lines", list[str]()
+    kept = Lines(path, told.append, most=3)
+    path.symlink_to("/dev/full")
+    for i in range(6):
+        kept.add(b"%d\n" % i)
+    kept.settle()
+    assert told[1:] == [f"{path} lacks 6 lines, which it could not take: No space left on device"]
+    path.unlink()
+    kept.settle()
+    assert path.read_bytes() == b"3\n4\n5\n"
+    assert told[2:] == [f"{path} is written again, with 3 lines that had waited; 3 older ones are lost"]
+    kept.add(b"6\n")
+    kept.settle()
+    assert path.read_bytes() == b"3\n4\n5\n6\n" and len(told) == 3
+
+
+def test_a_record_goes_on_without_its_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Events are stamped when they happen, and each file is told of once."""
+    path, began = tmp_path / EVENTS, time.time()
+    path.symlink_to("/dev/full")
+    record = Record(0, Progress(), None, None, tmp_path)
+    record.started(0, 2)
+    record.note("one")
+    record.note("two")
+    path.unlink()
+    time.sleep(0.05)
+    record.close()
+    kinds = [(row["kind"], row.get("text")) for row in lines(path)]
+    assert kinds == [("start", None), ("note", "one"), ("note", "two")]
+    assert all(began - 0.01 < row["time"] < time.time() - 0.04 for row in lines(path))
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("No space left on device") == 1 and "3 lines that had waited" in said
+
+
+def test_a_log_on_a_full_disk_stops_nobody() -> None:
+    told = []
+    with pytest.raises(OSError, match="No space left"), open("/dev/full", "w") as out:
+        for line in ("one", "two"):
+            Progress(out=out).note(line)
+            told.append(line)
+    assert told == ["one", "two"]
 
 
 # a wandb that misbehaves

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from .agree import highest
 from .data.sample import Sourced
-from .record import append
+from .lines import append
 from .track import json_value
 
 Kind = Literal["nonfinite", "spike"]

@@ -20,6 +20,8 @@ class Preempt:
     A run that is told to stop finishes its step, saves and exits with EXIT_PREEMPTED (75), so that a
     scheduler can tell it from a failure and start it again. A second SIGINT raises KeyboardInterrupt, so that
     a user can leave at once. The main thread enters and leaves it; then the handlers from before are back.
+    A signal that was held back until then, as launch.node starts its ranks, is heard at once, and ignored
+    afterwards: a process that is ending does not die of it.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -31,16 +33,21 @@ class Preempt:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Preempt":
+        held_back = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._handle)
+            before = signal.signal(number, self._handle)
+            self._before[number] = signal.SIG_IGN if number in held_back else before
         self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
         self._before_fd = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        self._before_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # before the handlers: what comes now may end a process that does not handle it
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._before_mask)
         for number, handler in self._before.items():
             # None is a handler that Python did not install and cannot restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,5 +1,6 @@
 """What rank 0 shows while it trains: a live bar on a terminal, aligned plain lines anywhere else."""
 
+import errno
 import sys
 import textwrap
 import time
@@ -110,7 +111,12 @@ class Progress:
 
     def _line(self, text: str) -> None:
         if self._rank == 0:
-            print(text.rstrip(), file=self._out, flush=True)
+            try:
+                print(text.rstrip(), file=self._out, flush=True)
+            except OSError as error:
+                # a log on a full disk; the lines stay in the buffer and are tried again with the next
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
 
 
 class _Figures(ProgressColumn):

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import yaml
 
 from .config import redacted_argument
+from .lines import Lines, stamped
 from .progress import Progress
 from .track import Metrics, Tracker, Value, json_value
 
@@ -36,6 +36,7 @@ class Record:
         """folder: of the run, for events.jsonl."""
         self.rank, self.progress, self.metrics, self.tracker = rank, progress, metrics, tracker
         self.folder = folder
+        self._events = Lines(folder / EVENTS, progress.note) if folder and not rank else None
 
     def started(self, step: int, world: int) -> None:
         """Training begins on `world` ranks, from step `step` on."""
@@ -53,7 +54,7 @@ class Record:
         self.progress.step(step, total, dict(values))
 
     def rewound(self, step: int) -> None:
-        """The run goes on from an earlier step. OSError if metrics.jsonl cannot be written."""
+        """The run goes on from an earlier step. OSError if metrics.jsonl cannot be cut."""
         if self.metrics and not self.rank:
             self.metrics.back(step)
 
@@ -81,19 +82,17 @@ class Record:
             self.tracker.picture(name, path)
 
     def _event(self, kind: str, values: Mapping[str, Value]) -> None:
-        """A line of events.jsonl: what a report tells beside metrics. A full disk stops nobody."""
-        if self.folder is None or self.rank:
-            return
-        row = {name: json_value(name, value) for name, value in values.items()}
-        with suppress(OSError):
-            append(self.folder / EVENTS, {"kind": kind, **row})
+        """A line of events.jsonl: what a report tells beside metrics."""
+        if self._events is not None:
+            row = {name: json_value(name, value) for name, value in values.items()}
+            self._events.add(stamped({"kind": kind, **row}))
 
-
-def append(path: Path, row: Mapping[str, Any]) -> None:
-    """A line of JSON more: the row, and before it `time`, in seconds since 1970. Raises OSError."""
-    line = json.dumps({"time": round(time.time(), 3), **row}, allow_nan=False) + "\n"
-    with path.open("ab", buffering=0) as file:
-        file.write(line.encode())
+    def close(self) -> None:
+        """Writes what a full disk has not taken so far, or tells that it is lost."""
+        if self.metrics:
+            self.metrics.close()
+        if self._events is not None:
+            self._events.settle()
 
 
 def write_json(path: Path, value: Any) -> None:

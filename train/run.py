@@ -114,8 +114,8 @@ def _run(job: Job, folder: Path, preempt: Preempt, shown: Progress, pulse: Pulse
             summary = finish(loop, folder, complete=state.step >= job.cfg.train.steps)
     if dist.get_rank() == 0:
         write_json(folder / "status.json", {"state": summary["state"], "step": state.step, "exit": code})
-        assert record.metrics and record.tracker
-        record.metrics.close()
+        assert record.tracker
+        record.close()
         if stopped is None:
             _report(job, folder, record)
             shown.summary(headline(loop, summary, folder))
@@ -135,6 +135,7 @@ def _failures_told(job: Job, folder: Path, record: Record, state: State) -> Iter
             with suppress(OSError):
                 failed = {"state": f"failed: {one_line(error)}", "step": state.step}
                 write_json(folder / "status.json", failed)
+            record.close()
             _report(job, folder, record)
         raise
 
@@ -163,7 +164,7 @@ def _record(job: Job, folder: Path, state: State, shown: Progress) -> Record:
         facts = {"world": dist.get_world_size(), "attention": attends(job), "data": job.data.describe()}
         try:
             open_folder(folder, Path(job.cfg.run.root), config, facts)
-            metrics = Metrics(folder / "metrics.jsonl", resume_step=state.step or None)
+            metrics = Metrics(folder / "metrics.jsonl", resume_step=state.step or None, tell=shown.note)
         except OSError as error:
             raise OSError(f"run.dir={folder} cannot be written: {error.strerror or error}") from error
         try:

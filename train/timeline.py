@@ -6,6 +6,7 @@ import gzip
 import heapq
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,31 +39,50 @@ class Part:
         return ends[0] if ends else None
 
 
-def merge(folder: Path) -> tuple[Path, int]:
-    """Writes all.json.gz from every rank<r>.json.gz in `folder`: its path, and how many ranks are in it.
-
-    FileNotFoundError if there is none; ValueError, with the path, for a file that is no trace.
+@dataclass(frozen=True)
+class Merged:
+    """A timeline, how many ranks are in it, and in words which files were left out, since they are no traces
+    of a rank: one that is killed leaves half a file.
     """
-    parts = sorted(map(read, folder.glob("rank*.json.gz")), key=lambda part: part.rank)
+
+    path: Path
+    ranks: int
+    left_out: Sequence[str]
+
+
+def merge(folder: Path) -> Merged:
+    """Writes all.json.gz from every rank<r>.json.gz in `folder` that is whole.
+
+    FileNotFoundError if there is no such file; ValueError, with its path, if none is whole.
+    """
+    parts, left_out = list[Part](), list[str]()
+    for path in sorted(folder.glob("rank*.json.gz")):
+        try:
+            parts.append(read(path))
+        except ValueError as error:
+            left_out.append(str(error))
+    if not parts and left_out:
+        raise ValueError(left_out[0])
     if not parts:
         raise FileNotFoundError(f"{folder} holds no rank*.json.gz; trace.first=10 makes a run write them")
+    parts.sort(key=lambda part: part.rank)
     whole = {"traceEvents": list(events_of(parts)), "displayTimeUnit": "ms"}
     path = folder / ALL
     part = path.with_name(f"{path.name}.part")
     with gzip.open(part, "wt", compresslevel=5) as file:
         json.dump(whole, file, separators=(",", ":"))
     os.replace(part, path)
-    return path, len(parts)
+    return Merged(path, len(parts), left_out)
 
 
 def read(path: Path) -> Part:
-    """The trace of one rank as torch's profiler wrote it."""
+    """The trace of one rank as torch's profiler wrote it. ValueError, with the path, for what is none."""
     try:
         with gzip.open(path, "rt") as file:
             told = json.load(file)
         who = told["longspan"]
         return Part(who["rank"], who["host"], int(told.get("baseTimeNanoseconds", 0)), told["traceEvents"])
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
         raise ValueError(f"{path} is no trace of a rank ({type(error).__name__}: {error})") from error
 
 

@@ -117,7 +117,8 @@ class Tracer:
         if len(failed) > AT_ONCE:
             return f"traces of {len(failed)} ranks are in {self._folder}; `longspan report` merges them"
         try:
-            path, ranks = merge(self._folder)
+            found = merge(self._folder)
         except (OSError, ValueError) as error:
             return f"the traces in {self._folder} were not merged: {one_line(error)}"
-        return f"trace of {ranks} rank{'s' if ranks > 1 else ''}: {path} (open it at https://ui.perfetto.dev)"
+        line = f"trace of {found.ranks} rank{'s' if found.ranks > 1 else ''}: {found.path}"
+        return "; left out: ".join([f"{line} (open it at https://ui.perfetto.dev)", *found.left_out])

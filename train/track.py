@@ -17,6 +17,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .checkout import git_state
+from .lines import Lines, Tell
 from .login import Mode, choose_mode
 from .wandb_file import last_step
 
@@ -31,16 +32,17 @@ NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 class Metrics:
     """metrics.jsonl: one valid JSON object a line, steps strictly rising, also over kills and resumes.
 
-    A line is one write(), so a reader sees whole lines and a kill tears at most the last one, which the next
-    resume drops. JSON has no NaN or infinity: they are written as the strings "NaN", "Infinity" and
+    A kill tears at most the last line, which the next resume drops; what a full disk does not take is written
+    later (`Lines`). JSON has no NaN or infinity: they are written as the strings "NaN", "Infinity" and
     "-Infinity", and `read` makes floats of them again.
     """
 
-    def __init__(self, path: Path, *, resume_step: int | None) -> None:
+    def __init__(self, path: Path, *, resume_step: int | None, tell: Tell | None = None) -> None:
         """Opens `path` for appending.
 
         resume_step: the step of the checkpoint that is continued; lines of later steps are dropped (they will
             be written again). None starts afresh: a file that is there is kept as metrics.old-<n>.jsonl.
+        tell: is told of a disk that takes nothing; None logs it.
         Raises ValueError if a line other than a torn last one is not JSON, OSError if it cannot be written.
         """
         self.path = path
@@ -49,13 +51,15 @@ class Metrics:
             _set_aside(path)
         elif path.exists():
             self._last = _cut(path, resume_step)
-        self._file = path.open("ab", buffering=0)
+        # at once: before the first step it is an error
+        path.open("ab").close()
+        self._lines = Lines(path, tell or _say)
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Appends {"step": step, **values}: at least loss, grad_norm, tokens (so far) and tokens_per_s.
 
         Raises ValueError for a missing value, for one that is no number or string, and for a step that does
-        not rise; OSError (no space left) if the line could not be written whole.
+        not rise.
         """
         missing = [name for name in REQUIRED if name not in values]
         if missing:
@@ -63,22 +67,18 @@ class Metrics:
         if step <= self._last:
             raise ValueError(f"step {step} of {self.path.name} comes after {self._last}: steps must rise")
         row = {"step": step, **{name: json_value(name, value) for name, value in values.items()}}
-        line = json.dumps(row, allow_nan=False).encode() + b"\n"
-        written = self._file.write(line)
-        if written != len(line):
-            # Whoever catches this and goes on must not append to half a line.
-            self._file.truncate(self._file.tell() - written)
-            raise OSError(f"{self.path} took {written} of the {len(line)} bytes of step {step}: disk full?")
+        self._lines.add(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._last = step
 
     def back(self, step: int) -> None:
-        """Drops the lines of later steps, which will be written again. OSError if it cannot be written."""
-        self._file.close()
-        self._last = _cut(self.path, step)
-        self._file = self.path.open("ab", buffering=0)
+        """Drops the lines of later steps, which will be written again. OSError if the file cannot be cut."""
+        self._lines.drop(lambda line: json.loads(line)["step"] > step)
+        _cut(self.path, step)
+        self._last = min(self._last, step)
 
     def close(self) -> None:
-        self._file.close()
+        """Writes what has not been written yet, or tells that it is lost."""
+        self._lines.settle()
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
@@ -109,12 +109,14 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _cut(path: Path, step: int) -> int:
-    """Drops what is torn or later than `step`, in one rename; gives the last step left, -1 if none is."""
-    kept = [(line, row["step"]) for line, row in _lines(path) if row["step"] <= step]
-    content = b"".join(line for line, _ in kept)
-    if len(content) != path.stat().st_size:
-        _replace(path, content)
-    return max((at for _, at in kept), default=-1)
+    """Drops what is torn or later than `step`, also on a full disk; gives the last step left, -1 if none."""
+    size, last = 0, -1
+    for line, row in _lines(path):
+        if row["step"] > step:
+            break
+        size, last = size + len(line), row["step"]
+    os.truncate(path, size)
+    return last
 
 
 def _replace(path: Path, content: bytes) -> None:

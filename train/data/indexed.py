@@ -20,6 +20,8 @@ from .tokenizer import Tokenizer, make
 
 # Tokens at each end of a document by which it is split off: copies stay on one side.
 _ENDS = 64
+# Documents that are hashed at a time.
+_HASHED = 4096
 # Held-out tokens that are decoded to learn the bytes of one.
 _DECODED = 1 << 20
 
@@ -146,14 +148,33 @@ def _tokens(path: str, dtype: Any, ends: Ints) -> npt.NDArray[Any]:
 
 
 def _keys(tokens: npt.NDArray[Any], starts: Ints) -> npt.NDArray[np.float64]:
-    """From 0 to 1 by what each document holds at its ends, and its length."""
-    found = np.empty(len(starts) - 1)
-    for i, (begin, end) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
-        middle = max(begin, end - _ENDS)
-        seen = np.concatenate([tokens[begin : min(begin + _ENDS, end)], tokens[middle:end]]).astype("<i8")
-        digest = hashlib.sha256(seen.tobytes() + (end - begin).to_bytes(8, "little")).digest()
-        found[i] = int.from_bytes(digest[:8], "little") / 2.0**64
+    """From 0 to 1 by what each document holds at its ends, and its length: eight bytes of their SHA-256."""
+    tokens, lengths, found = np.asarray(tokens), np.diff(starts), np.empty(len(starts) - 1)
+    # documents whose ends are as long as each other's are rows of an array
+    ends = np.minimum(lengths, _ENDS)
+    order = np.argsort(ends, kind="stable")
+    bounds = np.searchsorted(ends[order], np.arange(1, _ENDS + 2))
+    for end, first, last in zip(range(1, _ENDS + 1), bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        for at in range(first, last, _HASHED):
+            some = order[at : min(at + _HASHED, last)]
+            found[some] = _hashed(tokens, starts[some], lengths[some], end)
     return found
+
+
+def _hashed(tokens: npt.NDArray[Any], starts: Ints, lengths: Ints, end: int) -> npt.NDArray[np.float64]:
+    """`_keys` of documents by the first and the last `end` tokens of each."""
+    rows = np.empty((len(starts), 2 * end + 1), "<i8")
+    pieces = np.lib.stride_tricks.sliding_window_view(tokens, end)
+    rows[:, :end] = pieces[starts]
+    rows[:, end:-1] = pieces[starts + lengths - end]
+    rows[:, -1] = lengths
+    digests, blank = list[bytes](), hashlib.sha256()
+    for row in rows.view(np.uint8):
+        # OpenSSL makes a new one slower than it hashes so little
+        one = blank.copy()
+        one.update(row.data)
+        digests.append(one.digest())
+    return np.frombuffer(b"".join(digests), "<u8")[::4] / 2.0**64
 
 
 def _bytes_per_token(store: Store, tokenizer: Tokenizer, held_out: float) -> float:

@@ -62,8 +62,8 @@ class Streaming(_Tokenized):
         seed: Of the order.
         shuffle: Records of a file that are shuffled together; 0 takes all in order.
         held_out: So many documents, the first ones, are not trained on.
-        bad_budget: Share of the records read so far that may be bad. Up to 10 are always skipped, unless this
-            is 0.
+        bad_budget: Share of the records read so far, those of held-out documents among them, that may be bad.
+            Up to 10 are always skipped, unless this is 0.
 
     Raises:
         ModuleNotFoundError: `datasets` is not installed.
@@ -100,7 +100,7 @@ class Streaming(_Tokenized):
         self._held = HeldOut(ids, self._encoded(held), sum(len(d.text.encode()) for d in held), self._facts)
         self.bytes_per_token = self._held.bytes_per_token
         # of samples that can be gone back to, by their index
-        self._known = {0: Cursor()}
+        self._known = {0: self._begin}
         self._windows: Windows | None = None
 
     def __len__(self) -> int:
@@ -194,24 +194,32 @@ class Streaming(_Tokenized):
                 found.append(record)
                 continue
             bad += 1
-            if bad > allowed(number, self._budget):
-                raise ValueError(
-                    f"data.bad_budget={self._budget}: {bad} of {number} records are bad, the last of them "
-                    f"{record.location}: {record.reason}; mend them or raise the budget"
-                )
+            self._spend(bad, number, record)
         return found
 
+    def _spend(self, bad: int, records: int, last: Bad) -> None:
+        """ValueError if so many of the records so far may not be bad, with the last of them."""
+        if bad > allowed(records, self._budget):
+            raise ValueError(
+                f"data.bad_budget={self._budget}: {bad} of {records} records are bad, the last of them "
+                f"{last.location}: {last.reason}; mend them or raise the budget"
+            )
+
     def _hold(self, wanted: int) -> list[Document]:
-        """The first documents of the first files. How many records of each file they are is kept."""
+        """The first documents of the first files. How many records of each file they are is kept, and how
+        many of all are bad, where training begins.
+        """
         held, bad, self._skipped = list[Document](), list[Bad](), dict[int, int]()
         for shard in range(len(self._shards)):
             for number, record in enumerate(self._shards.read(shard), 1):
                 self._skipped[shard] = number
                 if isinstance(record, Bad):
                     bad.append(record)
+                    self._spend(len(bad), len(held) + len(bad), record)
                 else:
                     held.append(record)
                 if len(held) == wanted:
+                    self._begin = Cursor(records=len(held) + len(bad), bad=len(bad))
                     return held
         first = f", and {len(bad)} bad records, such as {bad[0].location}: {bad[0].reason}" if bad else ""
         raise ValueError(

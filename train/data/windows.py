@@ -21,7 +21,7 @@ class Cursor:
         record: Records of the file before the block, which are shuffled together.
         taken: Documents of the block before the one that the sequence begins in.
         offset: Tokens of that one which are in sequences before.
-        records: Read in all, up to the block.
+        records: Read in all, those held out too, up to the block.
         bad: Those of them that were no documents.
     """
 
