@@ -21,7 +21,7 @@ TYPED = $(addprefix .mypy/longspan/,__init__.py $(sort $(dir $(wildcard $(ROOMS:
 .PHONY: help install train test test-all check lint format-check types format gpu-test gpu-bench gpu-bench-steps slurm-test docs-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 install: $(INSTALLED) ## make .venv with everything that train and test need
 $(INSTALLED): pyproject.toml

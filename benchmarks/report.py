@@ -150,7 +150,7 @@ def document(results: Results, device: torch.device, contenders: Iterable[Conten
     """All of it, for JSON: forward and backward as pairs, times in ms and s, memory in GiB."""
     return {
         "device": device_name(device),
-        "versions": versions(device, contenders),
+        "versions": versions(device, [x.package for x in contenders if x.package]),
         "settings": settings,
         "cases": [_case(results, entry) for entry in results.entries.values()],
         "dropped": results.dropped,
@@ -181,8 +181,8 @@ def _case(results: Results, entry: Entry) -> dict[str, Any]:
     }
 
 
-def versions(device: torch.device, contenders: Iterable[Contender]) -> dict[str, str | None]:
-    """Of everything that was measured; None: not installed."""
+def versions(device: torch.device, packages: Iterable[str]) -> dict[str, str | None]:
+    """Of everything that was measured, torch and these packages; None: not installed."""
     found: dict[str, str | None] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -191,7 +191,7 @@ def versions(device: torch.device, contenders: Iterable[Contender]) -> dict[str,
     if device.type == "cuda":
         found["cuda"] = torch.version.cuda
         found["cudnn"] = str(torch.backends.cudnn.version())
-    for package in (x.package for x in contenders if x.package):
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -5,9 +5,9 @@
 
 DiT-XL/2 and a video DiT of 1.3B: forward, backward and AdamW in bfloat16 (autocast), and what a window of the
 grid saves. Llama-3.2-1B: the longest sequence with each `memory=` preset, from 8k by doubling, beside
-transformers with gradient checkpointing (without the package: the same model of ours with torch's attention,
-blocks recomputed, logits whole). Writes benchmarks/results/steps-<device>.json. Weights are random: only time
-and memory are measured.
+transformers with gradient checkpointing, and the same model of ours with torch's attention, blocks
+recomputed, logits whole. Weights are float32 under autocast, also transformers', and random: only time and
+memory are measured. Writes benchmarks/results/steps-<device>.json.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -48,6 +48,9 @@ LONG = Memory(recompute="block", mlp_tile=32768)
 PRESETS = {"none": Memory(), "long": LONG, "longest": Memory(recompute="block", mlp_tile=32768, offload=True)}
 Model = DiT | VideoDiT | GPT
 ROUNDS = 5
+# Seconds of timed steps after which there is no further one.
+ENOUGH = 10.0
+LATE = "no time left for it: a greater --budget, or --case, has some"
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,10 @@ class Bench:
     deadline: float
     dtype: torch.dtype = torch.bfloat16
     rounds: int = ROUNDS
-    peak: float = field(init=False)
+    peak: float = 0.0
 
     def __post_init__(self) -> None:
-        self.peak = peak_flops(self.device, self.dtype)[0]
+        self.peak = self.peak or peak_flops(self.device, self.dtype)[0]
 
     def left(self) -> float:
         return self.deadline - time.perf_counter()
@@ -241,8 +244,7 @@ def useful(case: Case) -> float:
 
 def measured(case: Case, bench: Bench) -> Row:
     """A case's row; what it did not survive stands in it."""
-    row = Row(str(case), case.name, case.who, case.memory, case.tokens, case.batch)
-    cuda = bench.device.type == "cuda"
+    row, cuda = blank(case), bench.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -259,7 +261,7 @@ def measured(case: Case, bench: Bench) -> Row:
             optimizer.zero_grad()
             bench.wait()
             seconds.append(time.perf_counter() - began)
-            if bench.left() < 2 * seconds[-1]:
+            if bench.left() < 2 * seconds[-1] or sum(seconds[1:]) > ENOUGH:
                 break
     # whatever goes wrong with one must not end the run: it stands in the table and, unless it was memory or a
     # missing package, on stderr
@@ -267,24 +269,30 @@ def measured(case: Case, bench: Bench) -> Row:
         if not isinstance(error, torch.OutOfMemoryError | ImportError):
             traceback.print_exc()
         line = (str(error).strip() or "no message").splitlines()[0]
-        return Row(**asdict(row) | {"failed": f"{type(error).__name__}: {line}"})
+        return replace(row, failed=f"{type(error).__name__}: {line}")
     # the first one compiles; alone it is better than nothing, and `rounds` says so
     each, flops = statistics.median(seconds[1:] or seconds), useful(case)
     gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-    times = {"seconds": each, "rounds": len(seconds) - 1, "flops": flops}
-    return Row(**asdict(row) | times | {"mfu": flops / each / bench.peak, "gib": gib})
+    mfu = flops / each / bench.peak
+    return replace(row, seconds=each, rounds=len(seconds) - 1, flops=flops, mfu=mfu, gib=gib)
 
 
 def longest(bench: Bench, base: Case, presets: Sequence[str]) -> Iterator[Row]:
-    """Lengths from the base's by doubling, with each preset and with the peer, until each fails or there is
-    no time for the next.
+    """Lengths from the base's by doubling, with the peers and with each preset, until each fails. Each has
+    its share of the time that is left; where that ends before memory does, its last row says so.
     """
     peers = (("transformers", "checkpointing"), ("sdpa", "checkpointing"))
-    for who, memory in (*(("longspan", name) for name in presets), *peers):
+    who_all = (*peers, *(("longspan", name) for name in presets))
+    for number, (who, memory) in enumerate(who_all):
+        end = time.perf_counter() + bench.left() / (len(who_all) - number)
         tokens, last = base.tokens, 0.0
-        # four times for twice the length, and all of it twice
-        while bench.left() > 8 * last:
-            row = fresh(Case(base.name, base.build, tokens, base.batch, who, memory), bench)
+        while True:
+            case = Case(base.name, base.build, tokens, base.batch, who, memory)
+            # four times for twice the length, and all of it once to warm up and once to be timed
+            if time.perf_counter() + 8 * last > end:
+                yield told(replace(blank(case), failed=LATE))
+                break
+            row = fresh(case, replace(bench, deadline=end))
             yield row
             if row.seconds is None:
                 break
@@ -297,8 +305,18 @@ def fresh(case: Case, bench: Bench) -> Row:
     gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
+    return told(row)
+
+
+def told(row: Row) -> Row:
+    """The row, once it is printed."""
     print(row.text(), flush=True)
     return row
+
+
+def blank(case: Case) -> Row:
+    """A case's row before it is measured."""
+    return Row(str(case), case.name, case.who, case.memory, case.tokens, case.batch)
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -319,7 +337,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if not every and args.case not in text.name:
         known = "; ".join(dict.fromkeys([*(case.name for case in cases()), text.name]))
         raise SystemExit(f"--case {args.case!r} is in none of: {known}")
-    rows = [fresh(case, bench) for case in every if bench.left() > 30]
+    rows = [fresh(c, bench) if bench.left() > 0 else told(replace(blank(c), failed=LATE)) for c in every]
     if args.case in text.name:
         rows += longest(bench, text, tuple(PRESETS))
     path = args.out / f"steps-{report.slug(device)}.json"
@@ -327,15 +345,15 @@ def main(given: Sequence[str] | None = None) -> int:
         path,
         {
             "device": report.device_name(device),
-            "versions": report.versions(device, ()),
+            "versions": report.versions(device, ["transformers"]),
             "peak_flops": bench.peak,
             "date": time.strftime("%Y-%m-%d"),
             "rows": [asdict(row) for row in rows],
         },
     )
     print(f"written: {path}")
-    # the search for the longest ends where memory does
-    ended = "OutOfMemoryError"
+    # the search for the longest ends where memory does, or time
+    ended = ("OutOfMemoryError", LATE)
     return int(any(r.who == "longspan" and r.failed and not r.failed.startswith(ended) for r in rows))
 
 

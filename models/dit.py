@@ -100,7 +100,7 @@ class DiT(nn.Module):
         if embedding not in ("sincos", "learned", "none"):
             raise ValueError(f"model.embedding is {embedding!r}; it can be sincos, learned or none")
         if not 0 < class_std < inf:
-            raise ValueError(f"model.class_std is {class_std}; it must be more than 0")
+            raise ValueError(f"model.class_std is {class_std}; it must be finite and more than 0")
         self.grid, self.patch = patch_grid(size, patch), axes(patch, len(size), "patch")
         self.kv_heads, self.classes = heads, classes
         self.text_dim, self.pooled_dim = None, None

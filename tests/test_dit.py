@@ -317,6 +317,7 @@ def test_patches_go_and_come_back(size: tuple[int, ...], patch: Any, tokens: int
         ({"dim": 6, "heads": 1}, "model.dim is 6; a sin-cos table of 2 axes needs a multiple of 4"),
         ({"embedding": "cosine"}, "model.embedding is 'cosine'; it can be sincos, learned or none"),
         ({"freq_dim": 5}, "model.freq_dim is 5; it must be even"),
+        ({"class_std": 0.0}, "model.class_std is 0.0; it must be finite and more than 0"),
         ({"mask": [Full()]}, "1 masks for 2 layers: give one, or one a layer"),
     ],
 )
@@ -325,6 +326,15 @@ def test_a_model_that_cannot_be_is_refused(settings: dict[str, Any], message: st
     with pytest.raises(ValueError, match=r"model|masks|dim") as caught:
         DiT(**{**sizes, **settings})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("std", [0.02, 1.0])
+def test_classes_begin_as_far_apart_as_asked(std: float) -> None:
+    model = DiT((4, 4), 2, 1, 64, 1, 2, 200, class_std=std)
+    weights = {name: float(p.detach().std()) for name, p in model.named_parameters()}
+    assert weights["y_embedder.embedding_table.weight"] == pytest.approx(std, rel=0.05)
+    # and nothing else with them
+    assert weights["t_embedder.mlp.0.weight"] == pytest.approx(0.02, rel=0.05)
 
 
 def test_tokens_that_are_no_grid_are_refused() -> None:
@@ -339,16 +349,34 @@ LAYOUTS = ["ring/contiguous", "ulysses", "s2-4/contiguous"]
 GRIDS = [(3, 4, 4), (5, 5, 5)]  # 48 tokens divide by 2, 3 and 4 ranks; 125 by none of them
 
 
+def assert_exact(world: Worlds, size: int, cases: list[Case]) -> None:
+    """The output and every parameter's gradient, in float64."""
+    for case, found in zip(cases, world(size)(errors, cases, size)[-1], strict=True):
+        name, worst = max(found.items(), key=lambda x: x[1])
+        assert worst < 1e-10, f"{case}: {name} differs by {worst:.1e}"
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_compute_what_one_process_does(size: int, world: Worlds) -> None:
-    """The output and every parameter's gradient, in float64."""
     layouts = LAYOUTS if size < 4 else [*LAYOUTS, "usp/zigzag"]
     cases = [Case("dit", layout, grid) for layout in layouts for grid in GRIDS[size // 4 :]]
     cases.append(Case("dit", "ring/zigzag", (5, 5), per_token=True))
     cases.append(Case("dit", "s2-4/contiguous", (5, 5, 5), brick=(2, 2, 2)))
-    for case, found in zip(cases, world(size)(errors, cases, size)[-1], strict=True):
-        name, worst = max(found.items(), key=lambda x: x[1])
-        assert worst < 1e-10, f"{case}: {name} differs by {worst:.1e}"
+    assert_exact(world, size, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_model_is_exact_under_every_layout(size: int, world: Worlds) -> None:
+    """Images or video with windowed and full layers, text by cross attention and as joint tokens; token
+    counts that divide and that do not.
+    """
+    layouts = [*LAYOUTS, "usp/zigzag"]
+    assert_exact(
+        world,
+        size,
+        [Case(kind, name, grid) for kind in ("dit", "vdit", "mmdit") for name in layouts for grid in GRIDS],
+    )
 
 
 def test_faults_over_ranks_are_seen(world: Worlds) -> None:

@@ -4,12 +4,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
+from omegaconf import DictConfig
 
-from jobs import STEPS, Once, assert_same, config, gone_on, ring
+from jobs import STEPS, Once, assert_same, config, gone_on, joined, launch_of, ring
+from longspan.train.batch import bind, place
 from longspan.train.engine.deepspeed import package
 from longspan.train.engine.megatron import initialize
+from longspan.train.job import build
 from world import Worlds
 
 SHARDED = ("engine=fsdp",)
@@ -31,6 +36,27 @@ SHARDED = ("engine=fsdp",)
 )  # fmt: skip
 def test_fsdp_trains_as_one_process(once: Once, size: int, overrides: tuple[str, ...]) -> None:
     assert_same(once(size, *SHARDED, *overrides), once(1, "parallel=single", "data.pack=true"))
+
+
+def reductions(rank: int, cfg: DictConfig) -> tuple[int, int]:
+    """All-reduces of a second step's gradients, and how many parameters there are."""
+    with joined(rank) as device:
+        job = build(cfg, launch_of(rank), device)
+        batch = job.objective.load(job.data, [0, 1], 0)
+        placement = place(job.layout, batch, job.mask)
+        part, attend = batch.held(job.layout, placement, device), bind(job.layout, placement)
+        with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as counted:
+            for _ in range(2):
+                counted.reset_mock()
+                job.engine.backward(part, attend, 100.0, last=True)
+        return counted.call_count, len(list(job.model.parameters()))
+
+
+def test_two_ranks_sum_whole_buckets_and_more_each_parameter_alone(world: Worlds, data_cache: str) -> None:
+    """a + b is b + a; three numbers have orders."""
+    for size in (2, 3):
+        for calls, parameters in world(size)(reductions, config(data_cache, "engine=ddp", *ring())):
+            assert calls == (1 if size == 2 else parameters)
 
 
 @pytest.mark.parametrize(

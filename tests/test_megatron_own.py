@@ -211,7 +211,7 @@ def test_its_own_checkpoint_is_read_by_a_plain_gpt_model(seen: Seen, size: int, 
         assert told["names"] >= 15 and told["tensors"] >= 60 and told["iteration"] == 3
 
 
-def test_a_cpu_is_refused(data_cache: str) -> None:
+def test_a_cpu_is_refused() -> None:
     with pytest.raises(
         ValueError, match="engine.optimizer is distributed, and device cpu: .* set engine.opt"
     ):

@@ -121,6 +121,26 @@ def test_lengths_double_until_memory_ends(bench: Bench, monkeypatch: pytest.Monk
         ("longspan", "none"): 16, ("longspan", "long"): 64,
         ("transformers", "checkpointing"): 8, ("sdpa", "checkpointing"): 8,
     }  # fmt: skip
+    assert all(r.failed == "full" for r in rows if r.seconds is None)
+
+
+def test_each_has_a_share_of_the_time_and_says_where_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that take four times as long for twice the length, on a clock of their own."""
+    now = [0.0]
+
+    def slow(case: Case, bench: Bench) -> Row:
+        seconds = (case.tokens / 8) ** 2
+        now[0] += 2 * seconds
+        return replace(steps.blank(case), seconds=seconds, mfu=0.0)
+
+    monkeypatch.setattr(steps, "measured", slow)
+    monkeypatch.setattr("gc.collect", lambda: 0)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    bench = Bench(CPU, 400.0, torch.float32, peak=1.0)
+    rows = list(steps.longest(bench, Case("text", text, 8, 1), ("none", "long")))
+    ends = {(r.who, r.memory): r for r in rows}
+    assert len(ends) == 4 and all(r.failed == steps.LATE for r in ends.values())
+    assert now[0] < 400 and min(r.tokens for r in ends.values()) >= 32
 
 
 def test_transformers_is_measured_at_the_same_shape(bench: Bench) -> None:

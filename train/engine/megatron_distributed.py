@@ -192,16 +192,10 @@ def _refuse(optimizer: torch.optim.Optimizer) -> None:
             "set optim.optimizer to torch.optim.AdamW, memory.optimizer=device, or engine.optimizer=ours"
         )
     plain = torch.optim.AdamW([nn.Parameter(torch.empty(0))]).defaults
-    first = optimizer.param_groups[0]
     for group in optimizer.param_groups:
         for name, value in group.items():
             if name not in TOLD and value != plain.get(name, value):
                 raise ValueError(
                     f"optim.optimizer.{name} is {value}; with engine.optimizer=distributed it must be "
                     f"{plain[name]}, or set engine.optimizer=ours"
-                )
-            if name in ("betas", "eps") and value != first[name]:
-                raise ValueError(
-                    f"optim.optimizer gives groups of parameters {name} of their own, which "
-                    "engine.optimizer=distributed does not know: set engine.optimizer=ours"
                 )
