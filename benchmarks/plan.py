@@ -35,6 +35,7 @@ from longspan.train.config import made
 from longspan.train.job import Launch, build, processes
 
 from .memory import composed, step
+from .plan_picture import draw
 
 CONF = Path(__file__).parent.parent / "conf"
 SMALL = ("experiment=tiny", "data=mock", "data.vocab=256", "track=none", "model.head_dim=32")
@@ -237,8 +238,13 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--longest", action="store_true", help="ALST's longest sequences, by dry runs: minutes"
     )
+    parser.add_argument("--figure", type=Path, help="draw what earlier runs have written, and no more")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "plan.json")
     args = parser.parse_args(given)
+    beside = args.out.with_stem(f"{args.out.stem}-published")
+    if args.figure is not None:
+        draw(json.loads(args.out.read_text()), json.loads(beside.read_text()), args.figure)
+        return
     if args.published or args.longest:
         told = list(published())
         if args.longest:
@@ -253,6 +259,8 @@ def main(given: Sequence[str] | None = None) -> None:
         print("| what | published | predicted |\n|---|---|---|")
         for t in told:
             print(f"| {t.what} | {t.published:.3g} {t.unit} | {t.predicted:.3g} {t.unit} |")
+        if args.longest:
+            beside.write_text(json.dumps([asdict(t) for t in told], indent=1) + "\n")
         return
     kept: dict[str, Any] = {}
     for name, words in JOBS.items():
@@ -268,7 +276,7 @@ def main(given: Sequence[str] | None = None) -> None:
             )
             for r in rows:
                 print(f"  {r['layout']}: {r['predicted']:.3f} s predicted, {r['measured']:.3f} s measured")
-            print(f"  {right} of {pairs} pairs that are predicted more than {TELLS:.0%} apart in that order")
+            print(f"  {right} of {pairs} pairs in order, predicted more than {TELLS:.0%} of a step apart")
     args.out.write_text(json.dumps(kept, indent=1) + "\n")
 
 

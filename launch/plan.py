@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,9 @@ def plan(cfg: DictConfig, words: Sequence[str], measure: Measure | None = None) 
     lengths: list[plan_figure.Point] = []
     counts: list[plan_figure.Point] = []
     if cfg.json is not None or cfg.figure is not None:
-        job, on, learned = made_plan.job, made_plan.on, made_plan.found.learned
+        # curves over many lengths and devices are not timed
+        job, on = made_plan.job, replace(made_plan.on, attends=False)
+        learned = made_plan.found.learned
         lengths = plan_figure.curves(job, made_plan.ways, on, room, learned)
         counts = plan_figure.over_gpus(job, partial(candidates, cfg, job), cfg.gpus, on, room, learned)
     if cfg.json is not None:

@@ -11,6 +11,7 @@ import torch
 from ..kernels.attention import attention
 from ..kernels.mask import Causal, Mask
 from ..kernels.span import Span, Spans
+from ..kernels.tile import needed
 from ..parallel.balance import ESTIMATE
 from ..parallel.placement import contiguous, named
 from .plan_hardware import Rates
@@ -51,13 +52,16 @@ def attended(
     job: Shape, mask: Mask, ranks: int, *, heads: int, kv_heads: int, ring: int, placement: str, hops: bool
 ) -> tuple[float, float]:
     """Seconds forward and backward of one layer's attention of one sequence, on the busiest of `ring` ranks:
-    its own calls over its own spans, timed here. hops: a call for each rank's keys, else one for all.
+    its own queries and the shards of keys that they need, timed here. hops: a call for each such shard, else
+    one for all.
     """
     cuda, dtype = torch.cuda.is_available(), getattr(torch, job.precision)
     where = named(placement)(job.tokens, ring, mask) if ring > 1 else contiguous(job.tokens, 1)
     works = where.work(mask, most=ESTIMATE)
     mine = where.spans_by_rank[max(range(ring), key=lambda rank: works[rank])]
-    every = where.spans_by_rank if hops else (tuple(s for spans in where.spans_by_rank for s in spans),)
+    every = [theirs for theirs in where.spans_by_rank if needed(mask, mine, theirs, kv_heads)]
+    if not hops:
+        every = [tuple(s for spans in every for s in spans)]
     forward = backward = 0.0
     with _as_one_of(ranks) as (device, share):
         for theirs in every:

@@ -23,8 +23,8 @@ PASSED = 16, 8
 ADDED = 16, 12
 # Bytes of an update of AdamW: weight, gradient and two moments in float32 read, all but the gradient written.
 UPDATED = 28
-# Seconds of a layer's attention of one sequence, above which it is not timed here.
-ATTENDS = 1.0
+# Seconds of a layer's attention of one whole sequence, above which no way's is timed here.
+ATTENDS = 2.0
 # A placement that is this uneven is not taken where another is more even.
 EVEN = 1.05
 USUAL = {"ring": "zigzag", "gather": "zigzag", "usp": "zigzag", "s2": "contiguous"}
@@ -33,7 +33,7 @@ USUAL = {"ring": "zigzag", "gather": "zigzag", "usp": "zigzag", "s2": "contiguou
 @dataclass(frozen=True)
 class Machine:
     """Where a plan is made for. node: devices of a machine. attends: attention is timed here, each way's own
-    calls, where it takes less than ATTENDS; else it is taken at the rates.
+    calls, where that of a whole sequence takes less than ATTENDS; else it is taken at the rates.
     """
 
     card: Card
@@ -112,7 +112,7 @@ def compute(job: Shape, way: Candidate, on: Machine) -> Times:
         forward, backward = work / rates.forward, 2.5 * work / rates.backward
         # heads of their own have other masks
         alike = not mask.per_head or way.head * way.tp == 1
-        if on.attends and alike and way.layout != "star" and forward < ATTENDS:
+        if on.attends and alike and way.layout != "star" and _short(job, mask, rates):
             forward, backward = attended(
                 job, mask, on.node, heads=heads, kv_heads=-(-job.kv_heads // (way.head * way.tp)),
                 ring=way.ring, placement=name, hops=way.layout in ("ring", "usp"),
@@ -130,6 +130,12 @@ def compute(job: Shape, way: Candidate, on: Machine) -> Times:
         elementwise=passed * tokens / (1e9 * card.memory_gbs),
         optimizer=held * UPDATED / (1e9 * (card.host_gbs if offload else card.memory_gbs)),
     )
+
+
+def _short(job: Shape, mask: Mask, rates: Rates) -> bool:
+    """The same for all ways, so that none is timed beside one that is not."""
+    work = 4 * job.head_dim * job.heads * most_pairs(mask, job.tokens, 1, "contiguous")
+    return work / rates.forward < ATTENDS
 
 
 def _added(job: Shape, way: Candidate) -> float:
