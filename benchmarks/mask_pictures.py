@@ -18,6 +18,7 @@ from longspan.kernels.heads import Heads, PerHead
 from longspan.kernels.lower import lower, visible
 from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Window
 from longspan.kernels.neighborhood import Frames, FrameTiles, Neighborhood, brick_order
+from longspan.kernels.ordered import BrickByBrick, Windows
 from longspan.kernels.patterns import Anchored, BlockPermutation, Shifted, Strided, Tail
 from longspan.kernels.span import Span, Spans
 from longspan.kernels.tile import area, tiles
@@ -29,6 +30,7 @@ INK, FAINT, EMPTY = "#22303c", "#7c8a97", "#eef1f4"
 EITHER, FIRST, SECOND = "#2f6db5", "#e08a2e", "#3a9a78"
 
 GRID = Neighborhood((4, 12), (2, 6), stride=2)
+BRICKS = BrickByBrick(Strided(6, 1, 4), (6, 8), (3, 2))
 PANELS: list[tuple[str, str, Mask, Spans]] = [
     (title, code, mask, at or (Span(0, TOKENS),))
     for title, code, mask, at in [
@@ -66,6 +68,9 @@ PANELS: list[tuple[str, str, Mask, Spans]] = [
             *("3 axes, the first causal", "Neighborhood([3, 4, 4], 3, causal=…)"),
             *(Neighborhood([3, 4, 4], 3, causal=(True, False, False)), ()),
         ),
+        ("windows, shifted", "Windows([6, 8], [3, 4], [1, 2])", Windows([6, 8], [3, 4], [1, 2]), ()),
+        ("S2 over bricks", "BrickByBrick(Strided(6, …), …)", BRICKS, ()),
+        ("the same in bricks", "brick_order([6, 8], [3, 2])", BRICKS, brick_order([6, 8], [3, 2])),
     ]
 ]
 

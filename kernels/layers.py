@@ -10,6 +10,7 @@ from operator import or_
 from .fields import at_least_one, require
 from .heads import Composed, Heads, PerHead
 from .mask import And, Bound, Causal, Documents, Full, Mask, Or, Window
+from .ordered import BrickByBrick
 from .patterns import Strided
 
 # blocks after which strides repeat, beyond which they are not compared
@@ -98,6 +99,8 @@ def _mapped(mask: Mask, of: int, change: Callable[[Mask, int], Mask]) -> Mask:
             return replace(mask, left=change(left, of), right=change(right, of))
         case Documents(inner=Mask() as inner):
             return replace(mask, inner=change(inner, of))
+        case BrickByBrick(inner):
+            return replace(mask, inner=change(inner, of))
         case Bound(inner, of=whole):
             return replace(mask, mask=change(inner, whole))
         case PerLayer(most, rest):
@@ -146,6 +149,10 @@ def _check_coverage(masks: tuple[Mask, ...], kv_heads: int, given: Mask | Sequen
 
 def _unseen(masks: tuple[Mask, ...], kv_heads: int) -> tuple[int, int, int, int]:
     """How many blocks no head of any layer sees, of how many; heads and layers that look afar."""
+    bricks = [m for m in masks if isinstance(m, BrickByBrick)]
+    if len(bricks) == len(masks) and len({m.order() for m in bricks}) == 1:
+        # blocks of one order of tokens; those of another cannot be compared with them, and claim no share
+        masks = tuple(m.inner for m in bricks)
     different = dict.fromkeys(masks)
     strided, asked = _strided(different), list(product(different, range(kv_heads)))
     if not strided or ALL in (_far(m, h, kv_heads, None) for m, h in asked):

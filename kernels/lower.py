@@ -18,7 +18,7 @@ class Lowered(NamedTuple):
     heads: tuple[int, ...]  # global kv head of each local one
     q: Tensor  # int32 [Nq], global positions
     k: Tensor  # int32 [Nk]
-    tables_q: Tensor  # int32 [tables, 1 or batch, Nq], document starts
+    tables_q: Tensor  # int32 [tables, 1 or batch, Nq], what a document or a moved mask takes off positions
     tables_k: Tensor  # int32 [tables, 1 or batch, Nk]
 
 
@@ -55,11 +55,12 @@ def see(low: Lowered, tree: Tree, q: Tensor, k: Tensor, h: Tensor) -> Tensor:
         _, jit, first, count = tree
         seen: Tensor = jit.fn(q, k, h, *low.numbers[first : first + count])
         return seen
-    if tree[0] == "documents":
+    if tree[0] in ("documents", "moved"):
         start_q, start_k = (
             low.tables_q[tree[1]].long()[:, None, :, None],
             low.tables_k[tree[1]].long()[:, None, None, :],
         )
-        return (start_q == start_k) & see(low, tree[2], q - start_q, k - start_k, h)
+        inside = see(low, tree[2], q - start_q, k - start_k, h)
+        return (start_q == start_k) & inside if tree[0] == "documents" else inside
     a, b = (see(low, part, q, k, h) for part in tree[1:])
     return a & b if tree[0] == "and" else a | b

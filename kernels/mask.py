@@ -17,7 +17,7 @@ from torch import Tensor
 from .fields import UNLIMITED, integer, require, starts
 from .jit import jit
 
-# ("leaf", jit, first parameter, parameters) | ("and" | "or", Tree, Tree) | ("documents", table, Tree)
+# ("leaf", jit, first number, numbers) | ("and" | "or", Tree, Tree) | ("documents" | "moved", table, Tree)
 Tree = tuple[Any, ...]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .lower import Lowered
 from .mask import Tree
 
-LEAF, BOTH, EITHER, DOCUMENTS = (tl.constexpr(i) for i in range(4))
+LEAF, BOTH, EITHER, DOCUMENTS, MOVED = (tl.constexpr(i) for i in range(5))
 
 
 class Operands(NamedTuple):
@@ -21,8 +21,8 @@ class Operands(NamedTuple):
     heads: Tensor  # global kv head of each local one
     q: Tensor  # positions [Nq]
     k: Tensor  # positions [Nk]
-    tables_q: Tensor  # document starts [tables, rows, Nq]
-    tables_k: Tensor  # document starts [tables, rows, Nk]
+    tables_q: Tensor  # what documents and moved masks take off positions [tables, rows, Nq]
+    tables_k: Tensor  # the same [tables, rows, Nk]
     rows: int  # 1, or the batch size
 
 
@@ -44,11 +44,11 @@ def constant(tree: Tree) -> Tree:
         if isinstance(jit, triton.runtime.JITFunction):
             return (LEAF.value, jit, first, count, jit.cache_key)
         return (LEAF.value, jit.fn, first, count)  # interpreted: the operators of plain Python do
-    if tree[0] == "documents":
-        return (DOCUMENTS.value, tree[1], constant(tree[2]))
+    if tree[0] in ("documents", "moved"):
+        return ((DOCUMENTS if tree[0] == "documents" else MOVED).value, tree[1], constant(tree[2]))
     if tree[0] in ("and", "or"):
         return ((BOTH if tree[0] == "and" else EITHER).value, constant(tree[1]), constant(tree[2]))
-    raise ValueError(f"the kernels know no mask node {tree[0]!r}; allowed: leaf, documents, and, or")
+    raise ValueError(f"the kernels know no mask node {tree[0]!r}; allowed: leaf, documents, moved, and, or")
 
 
 @lru_cache(maxsize=256)
@@ -85,6 +85,11 @@ def _see(TREE: tl.constexpr, mask, row, h, q, k, m, n, NQ, NK):  # type: ignore[
         start_k = tl.load(mask.tables_k + table * NK + n, mask=n < NK, other=0)
         inner = _see(_part(TREE, 2), mask, row, h, q - start_q, k - start_k, m, n, NQ, NK)
         return (start_q == start_k) & inner
+    elif _part(TREE, 0) == MOVED:
+        table = (row + _part(TREE, 1) * mask.rows).to(tl.int64)
+        start_q = tl.load(mask.tables_q + table * NQ + m, mask=m < NQ, other=0)
+        start_k = tl.load(mask.tables_k + table * NK + n, mask=n < NK, other=0)
+        return _see(_part(TREE, 2), mask, row, h, q - start_q, k - start_k, m, n, NQ, NK)
     elif _part(TREE, 0) == BOTH:
         a = _see(_part(TREE, 1), mask, row, h, q, k, m, n, NQ, NK)
         return a & _see(_part(TREE, 2), mask, row, h, q, k, m, n, NQ, NK)

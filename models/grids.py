@@ -8,6 +8,7 @@ from typing import Any
 
 from ..kernels.mask import Mask
 from ..kernels.neighborhood import Frames, FrameTiles, Neighborhood
+from ..kernels.ordered import BrickByBrick, Windows
 
 Grid = tuple[int, ...]
 
@@ -23,14 +24,15 @@ def parts(mask: Mask) -> Iterator[Mask]:
 
 def on_grid(mask: Mask) -> bool:
     """Whether what the mask means depends on a grid."""
-    return any(isinstance(part, Neighborhood | Frames | FrameTiles) for part in parts(mask))
+    kinds = Neighborhood | Frames | FrameTiles | Windows | BrickByBrick
+    return any(isinstance(part, kinds) for part in parts(mask))
 
 
 def check_grid(mask: Mask, grid: Sequence[int]) -> None:
     """ValueError if the mask, or a part of it, is about another grid than the model's."""
     frame = prod(grid[1:]) if len(grid) == 3 else 1
     for part in parts(mask):
-        if isinstance(part, Neighborhood) and _bare(part.grid) != _bare(grid):
+        if isinstance(part, Neighborhood | Windows | BrickByBrick) and _bare(part.grid) != _bare(grid):
             raise ValueError(
                 f"mask.grid is {list(part.grid)}, but model.size and model.patch make a grid of "
                 f"{list(grid)}: set mask.grid to it"
@@ -52,6 +54,14 @@ def regridded(mask: Mask, own: Grid, grid: Grid) -> Mask:
         return mask
     if isinstance(mask, Neighborhood):
         return _moved(mask, grid)
+    if isinstance(mask, Windows):
+        there = ((1,) * len(mask.grid) + grid)[-len(mask.grid) :]
+        window = tuple(min(axis.window, n) for axis, n in zip(mask.axes(), there, strict=True))
+        shift = tuple(axis.shift % w for axis, w in zip(mask.axes(), window, strict=True))
+        return Windows(there, window, shift)
+    if isinstance(mask, BrickByBrick):
+        there = ((1,) * len(mask.grid) + grid)[-len(mask.grid) :]
+        return replace(mask, inner=regridded(mask.inner, own, grid), grid=there)
     if isinstance(mask, Frames | FrameTiles):
         return replace(mask, tokens=mask.tokens * prod(grid[1:]) // prod(own[1:]))
 

@@ -13,6 +13,7 @@ from ..kernels.heads import Composed, Heads, PerHead
 from ..kernels.layers import PerLayer
 from ..kernels.mask import And, Bound, Documents, Mask, Or
 from ..kernels.neighborhood import brick_order
+from ..kernels.ordered import BrickByBrick
 from ..kernels.patterns import Shifted, Strided
 from ..kernels.span import Span, Spans
 
@@ -62,7 +63,7 @@ def _wanted(mask: Mask | None) -> tuple[int, int]:
         case And(left, right) | Or(left, right) | PerLayer(left, right):
             a, b = _wanted(left), _wanted(right)
             return max(a[0], b[0]), max(a[1], b[1])
-        case Documents(inner=inner) | InBricks(inner=inner):
+        case Documents(inner=inner) | InBricks(inner=inner) | BrickByBrick(inner=inner):
             return _wanted(inner)
         case PerHead(masks):
             return len(masks), len(masks)

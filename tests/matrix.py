@@ -16,6 +16,7 @@ from longspan.kernels.layers import PerLayer
 from longspan.kernels.mask import Bound, Causal, Documents, First, Full, Mask, Window
 from longspan.kernels.neighborhood import Frames, FrameTiles, Neighborhood
 from longspan.kernels.options import AttentionOptions
+from longspan.kernels.ordered import BrickByBrick, Windows
 from longspan.kernels.patterns import Anchored, BlockPermutation, Chunks, Shifted, Strided, Tail
 
 LAYOUTS = ("ring", "gather", "ulysses", "usp", "s2", "star")
@@ -76,6 +77,8 @@ FAMILIES: dict[str, Callable[[int], Mask]] = {
     "star_whole": lambda kv: Anchored(8, 8, 99),
     "neighborhood": lambda kv: Neighborhood((8, 8), 4, stride=2),
     "neighborhood_3d": lambda kv: Neighborhood((4, 4, 4), (2, 3, 2), (2, 1, 1), causal=(True, False, False)),
+    "windows": lambda kv: Windows((8, 8), 4, 2),
+    "s2_bricks": lambda kv: BrickByBrick(Strided(4, 2, 4), (8, 8), (2, 4)),
     "frames": lambda kv: Frames(12),
     "frame_tiles": lambda kv: FrameTiles(9, 3),
 }

@@ -15,6 +15,7 @@ from longspan.kernels.heads import Heads, PerHead
 from longspan.kernels.lower import lower, visible
 from longspan.kernels.mask import And, Bound, Causal, Documents, First, Full, Mask, Or, Range, Window
 from longspan.kernels.neighborhood import Frames, FrameTiles, Neighborhood
+from longspan.kernels.ordered import BrickByBrick, Windows
 from longspan.kernels.patterns import Anchored, BlockPermutation, Chunks, Shifted, Strided, Tail
 from longspan.kernels.span import Span, Spans, bounds, total
 from longspan.kernels.tile import classify
@@ -40,6 +41,9 @@ def sees(mask: Mask, q: int, k: int, *, h: int = 0, of: int = 1, row: int = 0) -
             starts: Any = offsets[row] if isinstance(offsets[0], tuple) else offsets
             of_q, of_k = (starts[bisect_right(starts, p) - 1] for p in (q, k))
             return of_q == of_k and again(inner or Full(), q - of_q, k - of_k)
+        case BrickByBrick(inner, grid, brick):
+            order = by_brick(tuple(grid), tuple(brick))  # type: ignore[arg-type]
+            return again(inner, order.index(q), order.index(k))
     found = pattern_sees(mask, q, k, h, of)
     return masks.sees(mask, q, k, head=h, row=row) if found is None else found
 
@@ -70,12 +74,28 @@ def pattern_sees(mask: Mask, q: int, k: int, h: int, of: int) -> bool | None:
             return fq == fk or fq % every == 0 or fk % every == 0
         case Neighborhood():
             return neighbours(mask, q, k)
+        case Windows():
+            cells: Any = grid_cells(tuple(mask.grid))
+            each: Any = zip(cells[q], cells[k], mask.window, mask.shift, strict=True)  # type: ignore[arg-type]
+            return all((a + s) // w == (b + s) // w for a, b, w, s in each)
     return None
 
 
 @lru_cache
 def grid_cells(grid: tuple[int, ...]) -> list[tuple[int, ...]]:
     return list(product(*map(range, grid)))
+
+
+@lru_cache
+def by_brick(grid: tuple[int, ...], brick: tuple[int, ...]) -> list[int]:
+    """The positions of the grid, brick after brick."""
+    cells = grid_cells(grid)
+
+    def key(position: int) -> tuple[list[int], tuple[int, ...]]:
+        cell = cells[position]
+        return [x // b for x, b in zip(cell, brick, strict=True)], cell
+
+    return sorted(range(len(cells)), key=key)
 
 
 def neighbours(mask: Any, q: int, k: int) -> bool:
@@ -178,6 +198,16 @@ EACH: list[Mask] = [
     Neighborhood((6, 10), (3, 5), stride=(1, 3), causal=(True, False)),
     Neighborhood((3, 4, 5), (2, 3, 3), causal=(True, False, False)),
     Neighborhood((4, 4, 4), (2, 4, 1), dilation=(2, 1, 3), stride=(2, 3, 1)),
+    Windows((60,), 7, 3),
+    Windows((6, 10), (3, 4)),
+    Windows((6, 10), (3, 4), (1, 2)),
+    Windows((3, 4, 5), 2, (0, 1, 1)),
+    BrickByBrick(Strided(4, 1, 4), (6, 10), (2, 5)),
+    BrickByBrick(Strided(4, 2, 3) & Causal(), (7, 9), (2, 4)),
+    BrickByBrick(Anchored(8, 8, 50), (3, 4, 5), 2),
+    BrickByBrick(Window(5, 3) | Heads(1, 3), (60,), 7) & Causal(),
+    Documents((0, 12, 30), BrickByBrick(Shifted(10, (0, 5)), (6, 5), (2, 3))),
+    BrickByBrick(BrickByBrick(Window(4, 0), (4, 15), (2, 3)), (6, 10), (4, 4)),
     Frames(7),
     Frames(100),
     FrameTiles(5, 3),

@@ -28,7 +28,9 @@ AT = (Span(3, 30), Span(40, 20))
 def visible_kernel(OUT, mask, NQ, NK, TREE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
     head = tl.program_id(0)
     m, n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
-    seen = visible(TREE, mask, 0, head, m, n, NQ, NK)
+    # of a grid of one axis always 0
+    row = tl.program_id(1)
+    seen = visible(TREE, mask, row, head, m, n, NQ, NK)
     tl.store(OUT + (head * NQ + m) * NK + n, seen.to(tl.int8), mask=(m < NQ) & (n < NK))
 
 

@@ -1,0 +1,111 @@
+"""Windows side by side and masks brick by brick: by hand, what is refused, other grids, and coverage."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from longspan.kernels.attention import attention
+from longspan.kernels.cells import held
+from longspan.kernels.layers import PerLayer, layered
+from longspan.kernels.mask import Causal, Documents, Mask, Window
+from longspan.kernels.neighborhood import brick_order, row_major
+from longspan.kernels.ordered import BrickByBrick, Windows
+from longspan.kernels.patterns import Anchored, Strided
+from longspan.kernels.span import Span, positions
+from longspan.kernels.tile import area, classify, pairs
+from longspan.models.grids import check_grid, on_grid, regridded
+from patterns import line
+
+GRID, BRICK = (4, 6, 5), (2, 3, 2)
+WHOLE = (Span(0, 120),)
+
+
+def test_windows_by_hand() -> None:
+    rows = [line(Windows((2, 4), (1, 2), (0, shift)), 1, 8) for shift in (0, 1)]
+    assert rows == ["11000000", "01100000"]
+    # a window that the edge cuts
+    assert line(Windows((2, 4), (1, 2), (0, 1)), 0, 8) == "10000000"
+    assert line(Windows((4, 4), 2), 5, 16) == "1100110000000000"
+    assert line(Windows((4, 4), 2, 1), 5, 16) == "0000011001100000"
+    # every second layer joins what the others keep apart
+    first, second = layered(PerLayer(Windows((4, 4), 2), Windows((4, 4), 2, 1), 2), 2, 1)
+    assert first != second
+
+
+def test_bricks_by_hand() -> None:
+    # 2 x 4 in bricks of 2 x 2: positions 0 1 4 5 2 3 6 7
+    near = BrickByBrick(Window(0, 1), (2, 4), (2, 2))
+    assert [line(near, q, 8) for q in (1, 5, 7)] == ["01001000", "00100100", "00000001"]
+
+
+@pytest.mark.parametrize(
+    "inner", [Strided(12, 1, 4), Anchored(12, 12, 90), Causal(), Strided(12, 1, 4) & Window(30)], ids=str
+)
+def test_attention_is_that_of_the_tokens_put_in_order(inner: Mask) -> None:
+    """Values and gradients, in float64."""
+    order = brick_order(GRID, BRICK)
+    at, back = positions(order), row_major(order)
+    q, k, v = (torch.randn(1, 120, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    ours = attention(q, k, v, BrickByBrick(inner, GRID, BRICK), WHOLE, WHOLE)[0]
+    theirs = attention(q[:, at], k[:, at], v[:, at], inner, WHOLE, WHOLE)[0][:, back]
+    up = torch.randn_like(ours)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(x, (q, k, v), up) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_tokens_held_brick_by_brick_make_the_tiles_of_the_sequence() -> None:
+    """As many partial tiles as the inner mask over a sequence; far more where tokens stand row by row."""
+    inner = Strided(12, 1, 4)
+    mask, order = BrickByBrick(inner, GRID, BRICK), brick_order(GRID, BRICK)
+
+    def partial(mask: Mask, at: Any) -> int:
+        both = held(at, 12, torch.device("cpu"))
+        some, every = classify(mask, both, both, 4)
+        return int((some & ~every).sum())
+
+    assert partial(mask, order) == partial(inner, WHOLE) == 0 < partial(mask, WHOLE)
+    assert area(mask, order, order, 4) == area(mask, WHOLE, WHOLE, 4) == pairs(inner, 120, 4)
+
+
+def test_blocks_of_bricks_must_cover_as_those_of_sequences() -> None:
+    layered(BrickByBrick(Strided(12, 1, 4), GRID, BRICK), 1, 4)
+    with pytest.raises(ValueError, match="blocks unseen"):
+        layered(BrickByBrick(Strided(12, 1, 16, offset=0), GRID, BRICK).heads((0, 1), 2), 1, 2)
+    with pytest.raises(ValueError, match="blocks unseen"):
+        layered([BrickByBrick(Strided(12, 1, 4, offset=o), GRID, BRICK) for o in (0, 0)], 2, 1)
+
+
+def test_they_are_about_a_grid_and_change_with_it() -> None:
+    for mask in (Windows(GRID, 3, 1), BrickByBrick(Causal(), GRID, BRICK)):
+        assert on_grid(Documents((0, 7), mask) | Causal())
+        check_grid(mask, GRID)
+        with pytest.raises(ValueError, match="set mask.grid to it"):
+            check_grid(mask, (4, 5, 6))
+    assert regridded(Windows(GRID, (2, 6, 5), (1, 5, 0)), GRID, (4, 3, 9)) == Windows(
+        (4, 3, 9), (2, 3, 5), (1, 2, 0)
+    )
+    near = BrickByBrick(Windows(GRID, 3), GRID, BRICK)
+    assert regridded(near, GRID, (8, 8, 8)) == BrickByBrick(Windows((8, 8, 8), 3), (8, 8, 8), BRICK)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Windows((4, 4), 5), "window 5, shift 0 on an axis of 4; it must be 0 <= shift < window"),
+        (lambda: Windows((4, 4), 2, (0, 2)), "window 2, shift 2 on an axis of 4"),
+        (lambda: Windows((4, 4), (2,)), r"Windows.window is \(2,\); it must be an integer, or one for each"),
+        (lambda: Windows((4, 4, 4, 4), 2), r"Windows.grid is \(4, 4, 4, 4\)"),
+        (lambda: Windows("a", 2), "Windows.grid is"),  # type: ignore[arg-type]
+        (lambda: BrickByBrick(Causal(), (4, 4), 0), r"BrickByBrick.brick is \(0, 0\)"),
+        (lambda: BrickByBrick(Causal(), (0, 4), 2), r"BrickByBrick.grid is \(0, 4\)"),
+        (lambda: BrickByBrick(None, (4, 4), 2), "BrickByBrick.inner is None; it must be a mask"),  # type: ignore[arg-type]
+        (lambda: line(Windows((4, 4), 2), 3, 17), "16"),
+        (lambda: line(BrickByBrick(Causal(), (4, 4), 2), 3, 17), "16"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(make: Callable[[], Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make()
