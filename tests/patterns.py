@@ -42,8 +42,8 @@ def sees(mask: Mask, q: int, k: int, *, h: int = 0, of: int = 1, row: int = 0) -
             of_q, of_k = (starts[bisect_right(starts, p) - 1] for p in (q, k))
             return of_q == of_k and again(inner or Full(), q - of_q, k - of_k)
         case BrickByBrick(inner, grid, brick):
-            order = by_brick(tuple(grid), tuple(brick))  # type: ignore[arg-type]
-            return again(inner, order.index(q), order.index(k))
+            places = by_brick(tuple(grid), tuple(brick))  # type: ignore[arg-type]
+            return again(inner, places[q], places[k])
     found = pattern_sees(mask, q, k, h, of)
     return masks.sees(mask, q, k, head=h, row=row) if found is None else found
 
@@ -87,15 +87,15 @@ def grid_cells(grid: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 @lru_cache
-def by_brick(grid: tuple[int, ...], brick: tuple[int, ...]) -> list[int]:
-    """The positions of the grid, brick after brick."""
+def by_brick(grid: tuple[int, ...], brick: tuple[int, ...]) -> dict[int, int]:
+    """Where each position of the grid stands, brick after brick."""
     cells = grid_cells(grid)
 
     def key(position: int) -> tuple[list[int], tuple[int, ...]]:
         cell = cells[position]
         return [x // b for x, b in zip(cell, brick, strict=True)], cell
 
-    return sorted(range(len(cells)), key=key)
+    return {position: place for place, position in enumerate(sorted(range(len(cells)), key=key))}
 
 
 def neighbours(mask: Any, q: int, k: int) -> bool:

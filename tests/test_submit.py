@@ -66,6 +66,7 @@ def test_only_several_values_make_a_sweep() -> None:
     with initialize_config_module("longspan.conf", version_base="1.3"):
         assert list(expanded(["mask=glob(s*,exclude=star*)"])) == [
             ["mask=s2"],
+            ["mask=s2_bricks"],
             ["mask=sinks"],
             ["mask=streaming_heads"],
         ]
