@@ -22,9 +22,10 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 from torch import Tensor
 
+from longspan.models.block import Attends
 from longspan.parallel.layout import unshard
 from longspan.train import loop as loops
-from longspan.train.batch import Tokens, collate, place
+from longspan.train.batch import Shard, Tokens, bind, collate, place
 from longspan.train.checkpoint import Checkpoints
 from longspan.train.config import typed
 from longspan.train.data.sample import Dataset
@@ -167,6 +168,13 @@ def gone_on(
     (size, cfg), (then, other) = before, after
     world(size)(run, cfg, folder, cfg.train.steps // 2)
     return world(then)(run, other, folder)
+
+
+def first_batch(job: Job, device: torch.device) -> tuple[Shard, Attends]:
+    """What this rank holds of the first two sequences, and the attention over them."""
+    batch = job.objective.load(job.data, [0, 1], 0)
+    placement = place(job.layout, batch, job.mask)
+    return batch.held(job.layout, placement, device), bind(job.layout, placement)
 
 
 def content(batch: Tokens, row: int) -> str:

@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import jobs
-from jobs import config, joined, launch_of, quiet, whole
-from longspan.train.batch import bind, place
+from jobs import config, first_batch, joined, launch_of, quiet, whole
 from longspan.train.checkpoint import Checkpoints
 from longspan.train.engine.megatron import Megatron
 from longspan.train.engine.megatron_native import sharded
@@ -57,9 +56,7 @@ def poisoned(rank: int, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     cfg = config(*case["words"])
     with quiet(cfg), joined(rank) as device:
         job = build(cfg, launch_of(rank), device)
-        batch = job.objective.load(job.data, [0, 1], 0)
-        placement = place(job.layout, batch, job.mask)
-        part, attend = batch.held(job.layout, placement, device), bind(job.layout, placement)
+        part, attend = first_batch(job, device)
 
         def step(valid: float) -> float:
             job.engine.backward(part, attend, valid, last=True)

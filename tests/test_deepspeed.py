@@ -18,6 +18,7 @@ from jobs import (
     Ran,
     assert_same,
     config,
+    first_batch,
     furthest,
     gone_on,
     joined,
@@ -34,7 +35,6 @@ from longspan.kernels.mask import Mask
 from longspan.kernels.span import Span
 from longspan.parallel.placement import Placement
 from longspan.parallel.ulysses import Ulysses
-from longspan.train.batch import bind, place
 from longspan.train.checkpoint import Checkpoints
 from longspan.train.config import made
 from longspan.train.engine.deepspeed import DeepSpeed
@@ -115,9 +115,7 @@ def poisoned(rank: int, cfg: DictConfig) -> tuple[float, float, float, list[str]
     """
     with joined(rank) as device:
         job = build(cfg, launch_of(rank), device)
-        batch = job.objective.load(job.data, [0, 1], 0)
-        placement = place(job.layout, batch, job.mask)
-        part, attend = batch.held(job.layout, placement, device), bind(job.layout, placement)
+        part, attend = first_batch(job, device)
 
         def step(valid: float) -> float:
             job.engine.backward(part, attend, valid, last=True)

@@ -10,8 +10,7 @@ import pytest
 import torch.distributed as dist
 from omegaconf import DictConfig
 
-from jobs import STEPS, Once, assert_same, config, gone_on, joined, launch_of, ring
-from longspan.train.batch import bind, place
+from jobs import STEPS, Once, assert_same, config, first_batch, gone_on, joined, launch_of, ring
 from longspan.train.engine.deepspeed import package
 from longspan.train.engine.megatron import initialize
 from longspan.train.job import build
@@ -42,9 +41,7 @@ def reductions(rank: int, cfg: DictConfig) -> tuple[int, int]:
     """All-reduces of a second step's gradients, and how many parameters there are."""
     with joined(rank) as device:
         job = build(cfg, launch_of(rank), device)
-        batch = job.objective.load(job.data, [0, 1], 0)
-        placement = place(job.layout, batch, job.mask)
-        part, attend = batch.held(job.layout, placement, device), bind(job.layout, placement)
+        part, attend = first_batch(job, device)
         with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as counted:
             for _ in range(2):
                 counted.reset_mock()
