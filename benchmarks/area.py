@@ -35,8 +35,9 @@ def by_index(low: Lowered) -> Sees:
 def _node(low: Lowered, tree: Tree) -> Node:
     if tree[0] == "leaf":
         return _leaf(tree[1].fn, low.numbers[tree[2] : tree[2] + tree[3]])
-    if tree[0] == "documents":
-        return _documents(low.tables_q[tree[1], 0], low.tables_k[tree[1], 0], _node(low, tree[2]))
+    if tree[0] in ("documents", "moved"):
+        tables = low.tables_q[tree[1], 0], low.tables_k[tree[1], 0]
+        return _taken_off(*tables, _node(low, tree[2]), apart=tree[0] == "documents")
     left, right = (_node(low, part) for part in tree[1:])
     if tree[0] == "and":
         return lambda i, j, q, k, h: left(i, j, q, k, h) & right(i, j, q, k, h)
@@ -47,10 +48,13 @@ def _leaf(predicate: Any, numbers: tuple[int, ...]) -> Node:
     return lambda i, j, q, k, h: predicate(q, k, h, *numbers)
 
 
-def _documents(starts_q: Tensor, starts_k: Tensor, inner: Node) -> Node:
+def _taken_off(from_q: Tensor, from_k: Tensor, inner: Node, *, apart: bool) -> Node:
+    """The mask at positions less these; apart: those of which different numbers are taken off see nothing."""
+
     def node(i: Tensor, j: Tensor, q: Tensor, k: Tensor, h: Tensor) -> Tensor:
-        a, b = starts_q[i], starts_k[j]
-        return (a == b) & inner(i, j, q - a, k - b, h)
+        a, b = from_q[i], from_k[j]
+        seen = inner(i, j, q - a, k - b, h)
+        return (a == b) & seen if apart else seen
 
     return node
 

@@ -2,6 +2,7 @@
 
 from .heads import PerHead
 from .mask import And, Bound, Mask, Or
+from .ordered import BrickByBrick
 from .patterns import BlockPermutation, Strided
 
 
@@ -19,7 +20,7 @@ def grain(mask: Mask) -> int:
             return _finer(grain(left), grain(right))
         case PerHead(masks):
             return _finer(*map(grain, masks))
-        case Bound(inner):
+        case Bound(inner) | BrickByBrick(inner):
             return grain(inner)
     return 0
 

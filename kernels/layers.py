@@ -6,6 +6,7 @@ from functools import reduce
 from itertools import product
 from math import gcd, lcm
 from operator import or_
+from typing import NamedTuple
 
 from .fields import at_least_one, require
 from .heads import Composed, Heads, PerHead
@@ -17,6 +18,22 @@ from .patterns import Strided
 PERIOD = 2**22
 # a set of blocks, a bit each: here all of them
 ALL = -1
+# grids and bricks that a mask stands in, the outermost first; none: tokens one by one
+Order = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+class Blocks(NamedTuple):
+    """Among which blocks to look: those of one order of the tokens.
+
+    Attributes:
+        order: Of the tokens.
+        unit: Tokens in each block.
+        period: Tokens after which masks repeat; 0 to ask only for ALL or nothing.
+    """
+
+    order: Order
+    unit: int = 0
+    period: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,17 +127,18 @@ def _mapped(mask: Mask, of: int, change: Callable[[Mask, int], Mask]) -> Mask:
     return mask
 
 
-def _strided(masks: Iterable[Mask]) -> list[Strided]:
-    """All that are in the masks."""
-    found: list[Strided] = []
+def _strided(masks: Iterable[Mask]) -> list[tuple[Order, Strided]]:
+    """All that are in the masks, and in which order of the tokens."""
+    found: list[tuple[Order, Strided]] = []
 
-    def look(mask: Mask, of: int) -> Mask:
+    def look(mask: Mask, order: Order) -> Mask:
         if isinstance(mask, Strided):
-            found.append(mask)
-        return _mapped(mask, of, look)
+            found.append((order, mask))
+        inside = (*order, mask.order()) if isinstance(mask, BrickByBrick) else order
+        return _mapped(mask, 1, lambda part, _: look(part, inside))
 
     for mask in masks:
-        look(mask, 1)
+        look(mask, ())
     return found
 
 
@@ -137,7 +155,7 @@ def _check_coverage(masks: tuple[Mask, ...], kv_heads: int, given: Mask | Sequen
         return
     cure = "a smaller stride, other offsets or dense_heads=1"
     if isinstance(given, Mask):
-        tried = range(min(max(s.stride for s in _strided(masks)) - 1, 1024), 0, -1)
+        tried = range(min(max(s.stride for _, s in _strided(masks)) - 1, 1024), 0, -1)
         smaller = ((x, _at_layers(_with_stride(given, x), len(masks), kv_heads)) for x in tried)
         fits = next((x for x, each in smaller if not _unseen(each, kv_heads)[0]), 1)
         cure = f"stride={fits} or dense_heads=1"
@@ -148,15 +166,21 @@ def _check_coverage(masks: tuple[Mask, ...], kv_heads: int, given: Mask | Sequen
 
 
 def _unseen(masks: tuple[Mask, ...], kv_heads: int) -> tuple[int, int, int, int]:
-    """How many blocks no head of any layer sees, of how many; heads and layers that look afar."""
-    bricks = [m for m in masks if isinstance(m, BrickByBrick)]
-    if len(bricks) == len(masks) and len({m.order() for m in bricks}) == 1:
-        # blocks of one order of tokens; those of another cannot be compared with them, and claim no share
-        masks = tuple(m.inner for m in bricks)
+    """How many blocks no head of any layer sees, of how many; heads and layers that look afar.
+
+    Blocks of several orders of the tokens cannot be compared: the first order that leaves some unseen.
+    """
+    orders = dict.fromkeys(order for order, _ in _strided(dict.fromkeys(masks)))
+    each = (_unseen_in(order, masks, kv_heads) for order in orders)
+    return next((found for found in each if found[0]), (0, 0, 0, 0))
+
+
+def _unseen_in(order: Order, masks: tuple[Mask, ...], kv_heads: int) -> tuple[int, int, int, int]:
     different = dict.fromkeys(masks)
-    strided, asked = _strided(different), list(product(different, range(kv_heads)))
-    if not strided or ALL in (_far(m, h, kv_heads, None) for m, h in asked):
+    asked = list(product(different, range(kv_heads)))
+    if ALL in (_far(m, h, kv_heads, Blocks(order)) for m, h in asked):
         return 0, 0, 0, 0
+    strided = [s for there, s in _strided(different) if there == order]
     unit, period = gcd(*(s.block for s in strided)), lcm(*(s.block * s.stride for s in strided))
     blocks = period // unit
     if blocks > PERIOD:
@@ -164,16 +188,16 @@ def _unseen(masks: tuple[Mask, ...], kv_heads: int) -> tuple[int, int, int, int]
             f"{strided[0]}: the strides of the layers repeat after {period} tokens, too many to compare; "
             "choose blocks and strides of which one is a multiple of the other"
         )
-    sets = {(m, h): _far(m, h, kv_heads, (unit, period)) for m, h in asked}
+    sets = {(m, h): _far(m, h, kv_heads, Blocks(order, unit, period)) for m, h in asked}
     seen = reduce(or_, (some or 0 for some in sets.values())) & ((1 << blocks) - 1)
     heads = {h for (_, h), some in sets.items() if some is not None}
     layers = sum(any(sets[m, h] is not None for h in heads) for m in masks)
     return blocks - seen.bit_count(), blocks, len(heads), layers
 
 
-def _far(mask: Mask, head: int, of: int, grid: tuple[int, int] | None) -> int | None:
-    """Which blocks the kv head sees from afar: a bit for each `unit` tokens of a period, of grid = (unit,
-    period); without a grid, ALL or nothing. None of what is near or about positions: it claims no share.
+def _far(mask: Mask, head: int, of: int, asked: Blocks, here: Order = ()) -> int | None:
+    """Which of the blocks that are asked for the kv head sees from afar, a bit each. None of what is near or
+    about positions: it claims no share. here: the order of the tokens that the mask stands in.
     """
     match mask:
         case Full() | Causal() | Window(left=None) | Documents(inner=None):
@@ -181,33 +205,35 @@ def _far(mask: Mask, head: int, of: int, grid: tuple[int, int] | None) -> int | 
         case Heads(start, stop):
             return ALL if start <= head < stop else 0
         case Strided():
-            return _blocks(mask, head, of, grid)
+            return _blocks(mask, head, of, asked, here)
         case And(left, right) | Or(left, right):
-            a, b = (_far(m, head, of, grid) for m in (left, right))
+            a, b = (_far(m, head, of, asked, here) for m in (left, right))
             if isinstance(mask, And) and None in (a, b) and ALL in (a, b):
                 return None
             if a is None or b is None:
                 return b if a is None else a
             return a & b if isinstance(mask, And) else a | b
         case Documents(inner=Mask() as inner):
-            return _far(inner, head, of, grid)
+            return _far(inner, head, of, asked, here)
+        case BrickByBrick(inner):
+            return _far(inner, head, of, asked, (*here, mask.order()))
         case Bound(inner, indices, whole):
             if head >= len(indices):
                 raise ValueError(f"the mask is bound to {len(indices)} kv heads, but the layers have {of}")
-            return _far(inner, indices[head], whole, grid)
+            return _far(inner, indices[head], whole, asked, here)
         case PerLayer():
-            return _far(mask.parts(of), head, of, grid)
+            return _far(mask.parts(of), head, of, asked, here)
         case PerHead():
-            return _far(mask.masks_of(of)[head], head, of, grid)
+            return _far(mask.masks_of(of)[head], head, of, asked, here)
     return None
 
 
-def _blocks(mask: Strided, head: int, of: int, grid: tuple[int, int] | None) -> int:
+def _blocks(mask: Strided, head: int, of: int, asked: Blocks, here: Order) -> int:
     if mask.stride == 1 or head < mask.dense_heads:
         return ALL
-    if grid is None:
+    if here != asked.order or not asked.period:
         return 0
-    (unit, period), wide = grid, mask.block * mask.stride
+    (_, unit, period), wide = asked, mask.block * mask.stride
     first = -(head * mask.step(of) + mask.offset) % mask.stride * mask.block // unit
     once = (1 << mask.block // unit) - 1 << first
     # the pattern once, and again after each `wide` tokens of the period

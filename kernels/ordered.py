@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .concrete import concrete
-from .fields import integer, within
+from .fields import UNLIMITED, integer, within
 from .heads import Composed, both
 from .jit import jit
 from .mask import Bound, Frame, Leaf, Mask, Range, Tree
@@ -183,6 +183,7 @@ class BrickByBrick(Mask):
             return Range(torch.zeros_like(x.low), torch.full_like(x.high, prod(self.grid) - 1))
         known = {} if x.known is None else x.known
         if self not in known:
+            within(self, prod(self.grid), x.at)
             known[self] = self.places(x.at), {}
         moved = Range(x.low, x.high, known[self][0], x.tile, known[self][1])
         low, high = moved.of(torch.Tensor.clone)
@@ -199,9 +200,10 @@ def _grid(mask: Any) -> None:
     """Puts a tuple in the place of the field `grid`; ValueError if it is none."""
     grid = tuple(mask.grid) if isinstance(mask.grid, Iterable) else (mask.grid,)
     found = tuple(map(integer, grid))
-    if not 1 <= len(found) <= 3 or any(x is None or x < 1 for x in found):
+    sizes = [x for x in found if x is not None and x >= 1]
+    if not 1 <= len(found) <= 3 or len(sizes) != len(found) or prod(sizes) >= UNLIMITED:
         raise ValueError(
             f"{type(mask).__name__}.grid is {grid}; it must hold an integer of at least 1 for each of 1 to 3 "
-            "axes"
+            f"axes, and have fewer than {UNLIMITED} positions"
         )
     object.__setattr__(mask, "grid", found)

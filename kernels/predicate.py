@@ -79,23 +79,21 @@ def _see(TREE: tl.constexpr, mask, row, h, q, k, m, n, NQ, NK):  # type: ignore[
             return _part(TREE, 1)(q, k, h)
         else:
             return _part(TREE, 1)(q, k, h, *_numbers(mask.numbers, _part(TREE, 2), _part(TREE, 3)))
-    elif _part(TREE, 0) == DOCUMENTS:
+    elif _part(TREE, 0) == BOTH:
+        a = _see(_part(TREE, 1), mask, row, h, q, k, m, n, NQ, NK)
+        return a & _see(_part(TREE, 2), mask, row, h, q, k, m, n, NQ, NK)
+    elif _part(TREE, 0) == EITHER:
+        a = _see(_part(TREE, 1), mask, row, h, q, k, m, n, NQ, NK)
+        return a | _see(_part(TREE, 2), mask, row, h, q, k, m, n, NQ, NK)
+    else:
         table = (row + _part(TREE, 1) * mask.rows).to(tl.int64)
         start_q = tl.load(mask.tables_q + table * NQ + m, mask=m < NQ, other=0)
         start_k = tl.load(mask.tables_k + table * NK + n, mask=n < NK, other=0)
         inner = _see(_part(TREE, 2), mask, row, h, q - start_q, k - start_k, m, n, NQ, NK)
-        return (start_q == start_k) & inner
-    elif _part(TREE, 0) == MOVED:
-        table = (row + _part(TREE, 1) * mask.rows).to(tl.int64)
-        start_q = tl.load(mask.tables_q + table * NQ + m, mask=m < NQ, other=0)
-        start_k = tl.load(mask.tables_k + table * NK + n, mask=n < NK, other=0)
-        return _see(_part(TREE, 2), mask, row, h, q - start_q, k - start_k, m, n, NQ, NK)
-    elif _part(TREE, 0) == BOTH:
-        a = _see(_part(TREE, 1), mask, row, h, q, k, m, n, NQ, NK)
-        return a & _see(_part(TREE, 2), mask, row, h, q, k, m, n, NQ, NK)
-    else:
-        a = _see(_part(TREE, 1), mask, row, h, q, k, m, n, NQ, NK)
-        return a | _see(_part(TREE, 2), mask, row, h, q, k, m, n, NQ, NK)
+        if _part(TREE, 0) == DOCUMENTS:
+            return (start_q == start_k) & inner
+        else:
+            return inner
 
 
 @triton.jit

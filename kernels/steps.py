@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .kept import kept
 from .lower import Lowered, lower, visible
-from .mask import Mask, Range
+from .mask import Mask, Range, Tree
 from .selection import Selection
 from .span import Span, Spans, cut, total
 from .tile import classify
@@ -95,8 +95,9 @@ def _grid(mask: Mask, at_q: Spans, at_k: Spans, kv_heads: int, group: tuple[int,
     row, head = group
     low = _of_group(lower(mask, at_q, at_k, kv_heads, torch.device("cpu")), group)
     tile = 128 if max(len(low.q), len(low.k)) <= 2048 else 256
-    q = _borders(low.q, low.tables_q, (at_q, at_k), tile)
-    k = _borders(low.k, low.tables_k, (at_k, at_q), tile // share)
+    documents = _documents(low.tree)
+    q = _borders(low.q, low.tables_q[documents], (at_q, at_k), tile)
+    k = _borders(low.k, low.tables_k[documents], (at_k, at_q), tile // share)
     some, every = classify(mask, _range(low.q, q), _range(low.k, k), kv_heads)
     some, every = some[row, head], every[row, head]
     return Grid(low, q, k, every, some & ~every)
@@ -110,6 +111,15 @@ def _of_group(low: Lowered, group: tuple[int, int]) -> Lowered:
         tables_q=low.tables_q[:, row : row + 1],
         tables_k=low.tables_k[:, row : row + 1],
     )
+
+
+def _documents(tree: Tree) -> list[int]:
+    """The tables that hold the starts of documents. Those of tokens in another order change at every brick's
+    edge.
+    """
+    if tree[0] == "documents":
+        return [tree[1], *_documents(tree[2])]
+    return [x for part in tree[1:] for x in _documents(part)] if tree[0] in ("and", "or") else []
 
 
 def _borders(at: Tensor, tables: Tensor, spans: tuple[Spans, Spans], tile: int) -> list[int]:

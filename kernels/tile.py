@@ -1,6 +1,7 @@
 """Mask x spans -> which tiles hold work: lists of full and partial tiles, from position bounds alone."""
 
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from .lists import ranges
 from .lower import Lowered, lower, visible
 from .mask import Documents, Full, Mask, Range, bound_heads
 from .neighborhood import Neighborhood
+from .ordered import BrickByBrick
 from .span import Span, Spans, total
 
 
@@ -213,6 +215,8 @@ def pairs(mask: Mask, length: int, kv_heads: int) -> int:
                 if a < length
             )
         return total_pairs
+    if isinstance(mask, BrickByBrick) and length == prod(mask.grid):
+        return pairs(mask.inner, length, kv_heads)
     return _whole(mask, length, kv_heads)
 
 

@@ -48,20 +48,20 @@ def check_grid(mask: Mask, grid: Sequence[int]) -> None:
 def regridded(mask: Mask, own: Grid, grid: Grid) -> Mask:
     """The mask of a model with the grid `own`, for samples of another one of as many axes.
 
-    Windows and strides are cut where an axis has become shorter than they are. Cached by value.
+    Windows and strides are cut where an axis has become shorter than they are; where one window holds a whole
+    axis nothing is shifted. Cached by value.
     """
     if own == grid:
         return mask
     if isinstance(mask, Neighborhood):
         return _moved(mask, grid)
     if isinstance(mask, Windows):
-        there = ((1,) * len(mask.grid) + grid)[-len(mask.grid) :]
-        window = tuple(min(axis.window, n) for axis, n in zip(mask.axes(), there, strict=True))
-        shift = tuple(axis.shift % w for axis, w in zip(mask.axes(), window, strict=True))
-        return Windows(there, window, shift)
+        there = _with_axes(mask.grid, grid)
+        axes = list(zip(mask.axes(), there, strict=True))
+        shift = tuple(axis.shift if axis.window < n else 0 for axis, n in axes)
+        return Windows(there, tuple(min(axis.window, n) for axis, n in axes), shift)
     if isinstance(mask, BrickByBrick):
-        there = ((1,) * len(mask.grid) + grid)[-len(mask.grid) :]
-        return replace(mask, inner=regridded(mask.inner, own, grid), grid=there)
+        return replace(mask, inner=regridded(mask.inner, own, grid), grid=_with_axes(mask.grid, grid))
     if isinstance(mask, Frames | FrameTiles):
         return replace(mask, tokens=mask.tokens * prod(grid[1:]) // prod(own[1:]))
 
@@ -87,12 +87,16 @@ def each(mask: Neighborhood, name: str) -> tuple[int, ...]:
 
 
 def _moved(mask: Neighborhood, grid: Grid) -> Neighborhood:
-    count = len(mask.grid)
-    there = ((1,) * count + grid)[-count:]
+    there = _with_axes(mask.grid, grid)
     windows, strides, steps = (each(mask, name) for name in ("window", "stride", "dilation"))
     window = tuple(min(w, max(1, n // d)) for w, n, d in zip(windows, there, steps, strict=True))
     stride = tuple(min(s, w) for s, w in zip(strides, window, strict=True))
     return replace(mask, grid=there, window=window, stride=stride)
+
+
+def _with_axes(like: Sequence[int], grid: Grid) -> Grid:
+    """The grid with as many axes: those in front are of one place."""
+    return ((1,) * len(like) + grid)[-len(like) :]
 
 
 def _inside(mask: Mask) -> dict[str, Any]:

@@ -227,6 +227,8 @@ def random_pattern(draw: Random, length: int, batch: int = 1, depth: int = 2) ->
         starts = (0, *sorted(draw.choices(range(1, length), k=2)))
         return Documents(starts, leaf) if draw.random() < 0.3 else leaf
     a, b = (random_pattern(draw, length, batch, depth - 1) for _ in range(2))
+    if draw.random() < 0.1:
+        return BrickByBrick(a, (5, 12), (draw.randrange(1, 6), draw.randrange(1, 13)))
     if draw.random() < 0.15:
         return PerHead(tuple(draw.choice([a, b]) for _ in range(4)))
     return a & b if draw.random() < 0.5 else a | b

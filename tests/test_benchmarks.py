@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
-# benchmarks/ stands beside the package, and nothing installs it
-sys.path.append(str(Path(__file__).parent.parent))
-
 from benchmarks import exact, figure, kernels, peers, report
 from benchmarks.area import area, by_index
 from benchmarks.cases import SHAPES, Case, Job, Shape, jobs, masked, volume
@@ -27,6 +24,7 @@ from longspan.kernels.attention import attention
 from longspan.kernels.lower import lower, visible
 from longspan.kernels.mask import Causal, Documents, First, Full, Mask, Window
 from longspan.kernels.neighborhood import Neighborhood, brick_order
+from longspan.kernels.ordered import BrickByBrick
 from longspan.kernels.patterns import Strided
 from longspan.kernels.span import positions
 
@@ -39,6 +37,7 @@ MASKS: dict[str, Mask] = {
     "packed": Documents((0, 50, 211), Causal()),
     "sinks": Window(40) | (First(4) & Causal()),
     "s2/4": Strided(16, 2, 4) & Causal(),
+    "bricks": BrickByBrick(Strided(16, 2, 4), (8, 32), (4, 4)),
 }
 SHAPE = Shape(4, 2, 16)
 

@@ -76,6 +76,17 @@ def test_bad_records_are_located_with_their_reason(tmp_path: Path) -> None:
     assert [b["location"] for b in described["bad_records"]] == list(found)
 
 
+def test_files_of_a_folder_are_chosen_by_name(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("a.md", "sub/b.md", ".c.md", "d.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    assert find(tmp_path, files="*.md").names == ("a.md", "sub/b.md")
+    assert text(tmp_path, tmp_path / ".cache", files="[ad].*").describe()["records"] == 2
+    with pytest.raises(ValueError, match=r"holds no file whose name matches data.files='\*.rst'"):
+        find(tmp_path, files="*.rst")
+
+
 def test_above_the_budget_the_run_stops_with_the_list(tmp_path: Path) -> None:
     lines = [f'{{"text": "{i}"}}' for i in range(1000)]
     for i in range(0, 30):

@@ -84,11 +84,12 @@ def within(found: Errors, dtype: torch.dtype) -> bool:
 
 @pytest.mark.parametrize("size", [1, *SIZES])
 def test_layouts_equal_one_device(world: Worlds, size: int) -> None:
-    check(world, size, COVERING if size in (2, 3) else COVERING[:40])
+    # the rest of them at 3 and 8: the slow tests
+    check(world, size, COVERING[: {2: None, 3: 90, 8: 24}.get(size, 40)])
 
 
 def test_layouts_equal_one_device_in_float32(world: Worlds) -> None:
-    check(world, 3, covering(seed=1)[:78], torch.float32)
+    check(world, 3, covering(seed=1)[:40], torch.float32)
 
 
 def test_sigmoid_and_softcap(world: Worlds) -> None:

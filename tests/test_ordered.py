@@ -8,18 +8,22 @@ import torch
 
 from longspan.kernels.attention import attention
 from longspan.kernels.cells import held
+from longspan.kernels.heads import PerHead
 from longspan.kernels.layers import PerLayer, layered
-from longspan.kernels.mask import Causal, Documents, Mask, Window
+from longspan.kernels.lower import lower, visible
+from longspan.kernels.mask import Causal, Documents, Full, Mask, Window
 from longspan.kernels.neighborhood import brick_order, row_major
 from longspan.kernels.ordered import BrickByBrick, Windows
 from longspan.kernels.patterns import Anchored, Strided
 from longspan.kernels.span import Span, positions
-from longspan.kernels.tile import area, classify, pairs
+from longspan.kernels.steps import steps
+from longspan.kernels.tile import area, classify, needed, pairs
 from longspan.models.grids import check_grid, on_grid, regridded
 from patterns import line
 
 GRID, BRICK = (4, 6, 5), (2, 3, 2)
 WHOLE = (Span(0, 120),)
+CPU = torch.device("cpu")
 
 
 def test_windows_by_hand() -> None:
@@ -29,9 +33,13 @@ def test_windows_by_hand() -> None:
     assert line(Windows((2, 4), (1, 2), (0, 1)), 0, 8) == "10000000"
     assert line(Windows((4, 4), 2), 5, 16) == "1100110000000000"
     assert line(Windows((4, 4), 2, 1), 5, 16) == "0000011001100000"
-    # every second layer joins what the others keep apart
-    first, second = layered(PerLayer(Windows((4, 4), 2), Windows((4, 4), 2, 1), 2), 2, 1)
-    assert first != second
+
+
+def test_every_second_layer_joins_what_the_others_keep_apart() -> None:
+    apart = layered(PerLayer(Windows((6,), 2), Windows((6,), 2, 1), 2), 2, 1)
+    seen = [torch.tensor([[c == "1" for c in line(mask, q, 6)] for q in range(6)]) for mask in apart]
+    again = (seen[1].int() @ seen[0].int()).bool()
+    assert again[2].tolist() == [True, True, True, True, False, False]
 
 
 def test_bricks_by_hand() -> None:
@@ -62,7 +70,7 @@ def test_tokens_held_brick_by_brick_make_the_tiles_of_the_sequence() -> None:
     mask, order = BrickByBrick(inner, GRID, BRICK), brick_order(GRID, BRICK)
 
     def partial(mask: Mask, at: Any) -> int:
-        both = held(at, 12, torch.device("cpu"))
+        both = held(at, 12, CPU)
         some, every = classify(mask, both, both, 4)
         return int((some & ~every).sum())
 
@@ -70,12 +78,69 @@ def test_tokens_held_brick_by_brick_make_the_tiles_of_the_sequence() -> None:
     assert area(mask, order, order, 4) == area(mask, WHOLE, WHOLE, 4) == pairs(inner, 120, 4)
 
 
-def test_blocks_of_bricks_must_cover_as_those_of_sequences() -> None:
-    layered(BrickByBrick(Strided(12, 1, 4), GRID, BRICK), 1, 4)
-    with pytest.raises(ValueError, match="blocks unseen"):
-        layered(BrickByBrick(Strided(12, 1, 16, offset=0), GRID, BRICK).heads((0, 1), 2), 1, 2)
-    with pytest.raises(ValueError, match="blocks unseen"):
-        layered([BrickByBrick(Strided(12, 1, 4, offset=o), GRID, BRICK) for o in (0, 0)], 2, 1)
+def bricks(stride: int, offset: int = 0, brick: tuple[int, ...] = BRICK) -> Mask:
+    return BrickByBrick(Strided(12, 1, stride, offset=offset), GRID, brick)
+
+
+@pytest.mark.parametrize(
+    ("mask", "layers", "kv_heads"),
+    [
+        (bricks(4), 1, 4),
+        (bricks(2).heads((0, 1), 2), 1, 2),
+        (bricks(4) & Causal(), 1, 4),
+        (bricks(4) | Window(3, 3), 1, 4),
+        (PerHead((bricks(4),) * 4), 1, 4),
+        (Documents((0, 9), bricks(4)), 1, 4),
+        (BrickByBrick(bricks(4), GRID, (4, 6, 1)), 1, 4),
+        (PerLayer(bricks(4), Windows(GRID, 3), 2), 2, 4),
+        ([bricks(2, o) for o in (0, 1)], 2, 1),
+        # each order by itself
+        ([bricks(2, o, b) for b in (BRICK, (4, 2, 1)) for o in (0, 1)], 4, 1),
+        (PerLayer(bricks(4), Strided(12, 1, 4), 2), 2, 4),
+        # full attention in any layer sees all
+        ([bricks(4), Full()], 2, 1),
+    ],
+)  # fmt: skip
+def test_blocks_of_bricks_that_cover_are_taken(mask: Any, layers: int, kv_heads: int) -> None:
+    assert len(layered(mask, layers, kv_heads)) == layers
+
+
+@pytest.mark.parametrize(
+    ("mask", "layers", "kv_heads", "said"),
+    [
+        (bricks(16).heads((0, 1), 2), 1, 2, "14 of every 16 blocks unseen; stride=2"),
+        ([bricks(4), bricks(4)], 2, 1, "3 of every 4 blocks unseen"),
+        (bricks(8) & Causal(), 1, 4, "4 of every 8 blocks unseen; stride=4"),
+        (PerLayer(bricks(8), Windows(GRID, 3), 2), 2, 4, "4 of 4 kv heads in 1 layers leave 4 of every 8"),
+        ([bricks(2, 0), bricks(2, 1, (4, 2, 1))], 2, 1, "1 of every 2 blocks unseen"),
+        # one order covers, the other does not
+        (PerLayer(bricks(4), Strided(12, 1, 8), 2), 2, 4, "4 of every 8 blocks unseen"),
+        # what both let through of blocks in two orders is not known
+        (bricks(4) & Strided(12, 1, 4), 1, 4, "4 of every 4 blocks unseen"),
+    ],
+)  # fmt: skip
+def test_blocks_of_bricks_that_do_not_cover_are_refused(
+    mask: Any, layers: int, kv_heads: int, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        layered(mask, layers, kv_heads)
+
+
+def test_pairs_are_those_of_the_tokens_in_order() -> None:
+    inner = Strided(12, 1, 4) & Window(30)
+    assert pairs(BrickByBrick(inner, GRID, BRICK), 120, 4) == pairs(inner, 120, 4)
+    # a part of the grid
+    some, part = (Span(0, 50),), BrickByBrick(Window(3, 0), GRID, BRICK)
+    assert pairs(part, 50, 1) == visible(lower(part, some, some, 1, CPU)).sum() < pairs(Window(3, 0), 50, 1)
+
+
+def test_bricks_cut_no_tiles_of_the_cpu_operator() -> None:
+    """Where documents end tiles end, but not at each edge of a brick."""
+    grid, at = (32, 32), (Span(0, 1024),)
+    rows = {step.rows.start for step in steps(BrickByBrick(Causal(), grid, 4), at, at, kv_heads=1)}
+    assert rows <= set(range(0, 1024, 128))
+    packed = Documents((0, 300), BrickByBrick(Causal(), grid, 4))
+    assert 300 in {step.rows.start for step in steps(packed, at, at, kv_heads=1)}
 
 
 def test_they_are_about_a_grid_and_change_with_it() -> None:
@@ -85,7 +150,7 @@ def test_they_are_about_a_grid_and_change_with_it() -> None:
         with pytest.raises(ValueError, match="set mask.grid to it"):
             check_grid(mask, (4, 5, 6))
     assert regridded(Windows(GRID, (2, 6, 5), (1, 5, 0)), GRID, (4, 3, 9)) == Windows(
-        (4, 3, 9), (2, 3, 5), (1, 2, 0)
+        (4, 3, 9), (2, 3, 5), (1, 0, 0)
     )
     near = BrickByBrick(Windows(GRID, 3), GRID, BRICK)
     assert regridded(near, GRID, (8, 8, 8)) == BrickByBrick(Windows((8, 8, 8), 3), (8, 8, 8), BRICK)
@@ -102,6 +167,8 @@ def test_they_are_about_a_grid_and_change_with_it() -> None:
         (lambda: BrickByBrick(Causal(), (4, 4), 0), r"BrickByBrick.brick is \(0, 0\)"),
         (lambda: BrickByBrick(Causal(), (0, 4), 2), r"BrickByBrick.grid is \(0, 4\)"),
         (lambda: BrickByBrick(None, (4, 4), 2), "BrickByBrick.inner is None; it must be a mask"),  # type: ignore[arg-type]
+        (lambda: Windows((2, 2**30), 2), "fewer than 1073741824 positions"),
+        (lambda: needed(BrickByBrick(Causal(), (4, 4), 2), (Span(0, 17),), WHOLE, 1), "asked for 16"),
         (lambda: line(Windows((4, 4), 2), 3, 17), "16"),
         (lambda: line(BrickByBrick(Causal(), (4, 4), 2), 3, 17), "16"),
     ],

@@ -10,6 +10,7 @@ from benchmarks.balance import packed
 from longspan.kernels.heads import Heads, PerHead
 from longspan.kernels.mask import Causal, Documents, Full, Mask, Window
 from longspan.kernels.neighborhood import Frames, Neighborhood
+from longspan.kernels.ordered import BrickByBrick
 from longspan.kernels.patterns import Anchored, BlockPermutation, Shifted, Strided
 from longspan.kernels.span import Span, Spans, total
 from longspan.kernels.tile import area
@@ -88,6 +89,7 @@ def test_balanced_is_even_in_bricks(mask: Mask) -> None:
     dealt = InBricks(mask, *bricks)
     assert balanced(1024, 4, dealt).work(dealt) == aware.work(mask)
     assert heads_of(InBricks(S2, *bricks)) == heads_of(S2) == 8
+    assert heads_of(BrickByBrick(PerHead((Causal(), Window(5), Full())), *bricks[:2])) == 3
 
 
 def test_uneven_numbers_of_chunks_differ_by_one() -> None:

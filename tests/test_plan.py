@@ -3,7 +3,6 @@ is true of every plan.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,6 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-
-# benchmarks/ stands beside the package, and nothing installs it
-sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks.plan import JOBS, LAYOUTS, agreement
 from benchmarks.plan_picture import draw

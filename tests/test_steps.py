@@ -1,7 +1,6 @@
 """The benchmark of whole training steps: that both sides compute the same, and that it counts rightly."""
 
 import json
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -10,9 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-# benchmarks/ stands beside the package, and nothing installs it
-sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks import steps
 from benchmarks.steps import Bench, Case, Row

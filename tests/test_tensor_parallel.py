@@ -32,7 +32,7 @@ ALONE = ("engine=ddp", "parallel=single")
     ("size", "overrides", "model"),
     [
         pytest.param(2, (*TP, "parallel=single"), (), marks=pytest.mark.slow),
-        (4, RING, ("mask=s2",)),
+        (4, RING, ("mask=s2", "train.steps=10")),
         pytest.param(
             4, (*TP, "parallel=single", "parallel.mesh.dp=2", "engine.replicate=true", "train.micro_batch=1"),
             (), marks=pytest.mark.slow,
@@ -86,7 +86,11 @@ def second_step(rank: int, cfg: DictConfig) -> tuple[float, dict[str, Tensor]]:
             ("memory.recompute=keep_attention", "objective.z_loss=1e-3", "objective.chunk=60"),
             marks=pytest.mark.slow,
         ),
-        (("engine=fsdp", "parallel.mesh.tp=4", "parallel=single"), ("model.kv_heads=4", "data.context=5")),
+        pytest.param(
+            ("engine=fsdp", "parallel.mesh.tp=4", "parallel=single"),
+            ("model.kv_heads=4", "data.context=5"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["all biases", "long", "ulysses", "few tokens"],
 )  # fmt: skip

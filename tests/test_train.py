@@ -51,7 +51,7 @@ SETTINGS = {"mixed": ("parallel.layout.every=2", "parallel.layout.most.block=16"
 # cells of the first test that are run by `make test-all` alone
 MORE = {
     (2, "contiguous", "unpacked"), (4, "contiguous", "unpacked"), (3, "zigzag", "unpacked"),
-    (4, "zigzag", "unpacked"), (3, "contiguous", "packed"),
+    (4, "zigzag", "unpacked"), (3, "contiguous", "packed"), (4, "contiguous", "packed"),
 }  # fmt: skip
 CELLS = [
     pytest.param(
@@ -155,7 +155,7 @@ def test_training_is_what_plain_torch_does(once: Once, data_cache: str) -> None:
     ("size", "layout"),
     [
         (3, ring("contiguous")),
-        (2, ring("zigzag")),
+        pytest.param(2, ring("zigzag"), marks=pytest.mark.slow),
         pytest.param(
             4,
             ring("contiguous", "parallel.mesh.dp=2", "parallel.mesh.ring=2", "train.micro_batch=1"),

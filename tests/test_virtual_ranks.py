@@ -1,13 +1,7 @@
 """The benchmark of virtual ranks runs, and counts the work of every rank."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-# benchmarks/ stands beside the package, and nothing installs it
-sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks import virtual_ranks
 from benchmarks.virtual_ranks import MASKS, Times, by_rank, made

@@ -1,6 +1,7 @@
 """Documents read from files: text, JSON lines (plain, gzip, zstd) and Parquet; bad records are located."""
 
 import codecs
+import fnmatch
 import gzip
 import json
 import os
@@ -75,14 +76,15 @@ class Corpus:
         return found
 
 
-def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
-    """The corpus at `path`: one file, or all files below a folder, sorted.
+def find(path: str | os.PathLike[str], field: str = "text", files: str = "*") -> Corpus:
+    """The corpus at `path`: one file, or the files below a folder whose names match `files`, as a shell
+    would match them, sorted.
 
     Hidden files and folders and `__pycache__` are left out.
 
     Raises:
         FileNotFoundError: There is nothing at `path`.
-        ValueError: The folder holds no file.
+        ValueError: The folder holds no such file.
     """
     root = Path(os.path.abspath(os.path.expanduser(path)))
     if root.is_file():
@@ -92,12 +94,15 @@ def find(path: str | os.PathLike[str], field: str = "text") -> Corpus:
             f"data.path={os.fspath(path)!r} does not exist: give a file or a folder of texts"
         )
     names = []
-    for folder, below, files in os.walk(root):
+    for folder, below, found in os.walk(root):
         below[:] = [name for name in below if not name.startswith(".") and name != "__pycache__"]
-        visible = (Path(folder, name) for name in files if not name.startswith("."))
+        visible = (Path(folder, x) for x in fnmatch.filter(found, files) if not x.startswith("."))
         names += [file.relative_to(root).as_posix() for file in visible]
     if not names:
-        raise ValueError(f"data.path={os.fspath(path)!r} is an empty corpus: the folder holds no file")
+        raise ValueError(
+            f"data.path={os.fspath(path)!r} is an empty corpus: the folder holds no file"
+            + (f" whose name matches data.files={files!r}" if files != "*" else "")
+        )
     return Corpus(root, tuple(sorted(names)), field)
 
 

@@ -54,12 +54,13 @@ def files(min_bytes: int = 0) -> Corpus:
         ValueError: No file is that long, or this Python comes without source.
     """
     whole("data.min_bytes", min_bytes, 0)
-    root = Path(sysconfig.get_path("stdlib"))
-    names = []
+    root, names = Path(sysconfig.get_path("stdlib")), list[str]()
+    # strings, not a Path each: every rank of every job does this to thousands of names
     for folder, below, found in os.walk(root):
         below[:] = [name for name in below if name not in _NOT_SOURCE]
-        sources = (Path(folder, name) for name in found if name.endswith(".py"))
-        names += [f.relative_to(root).as_posix() for f in sources if f.stat().st_size >= max(min_bytes, 1)]
+        sources = (os.path.join(folder, name) for name in found if name.endswith(".py"))
+        names += [path for path in sources if os.path.getsize(path) >= max(min_bytes, 1)]
+    names = [name[len(str(root)) + 1 :].replace(os.sep, "/") for name in names]
     if not names:
         raise ValueError(f"data.min_bytes={min_bytes} leaves an empty corpus: no such source file in {root}")
     return Corpus(root, tuple(sorted(names)))

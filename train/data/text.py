@@ -21,6 +21,7 @@ class Text(Packed):
             `.jsonl.zst` and `.parquet` hold many documents, any other file is one.
         context: Tokens per sample.
         tokenizer: `bytes`, or the path of a `tokenizers` JSON file.
+        files: Which files of the folder, by their names, as a shell matches them: `*.md`.
         field: Where a JSON object or a Parquet table has the text.
         end_of_document: Whether each document ends with the tokenizer's end id, as its last label.
         seed: Of the order.
@@ -40,6 +41,7 @@ class Text(Packed):
         path: str | os.PathLike[str],
         context: int,
         tokenizer: str = "bytes",
+        files: str = "*",
         field: str = "text",
         end_of_document: bool = False,
         seed: int = 0,
@@ -55,7 +57,7 @@ class Text(Packed):
             raise ValueError(
                 f"data.end_of_document=true: data.tokenizer={tokenizer!r} has no end token, use false"
             )
-        store = load(Source(find(str(path), field), ids, end=end_of_document), cache)
+        store = load(Source(find(str(path), field, files), ids, end=end_of_document), cache)
         _check_budget(store, bad_budget)
         facts = {"corpus": "text", "path": os.path.abspath(str(path)), "end_of_document": end_of_document}
         super().__init__(store, ids, plan, facts=facts)
@@ -76,6 +78,6 @@ def _check_budget(store: Store, budget: float) -> None:
     if bad > len(listed):
         lines.append(f"  and {bad - len(listed)} more")
     raise ValueError(
-        f"data.bad_budget={budget}: {bad} of {records} records are bad; mend them or raise the budget:\n"
-        + "\n".join(lines)
+        f"data.bad_budget={budget}: {bad} of {records} records are bad; mend them, leave them out with "
+        "data.files, or raise the budget:\n" + "\n".join(lines)
     )
