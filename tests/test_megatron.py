@@ -105,3 +105,7 @@ def test_what_megatron_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             refuse(model, tp)
+    both = GPT(*sizes, predecessor=True)
+    refuse(both, 1)
+    with pytest.raises(ValueError, match="engine.native is true, and model.predecessor, .* one of them to f"):
+        refuse(both, 1, native=True)

@@ -47,14 +47,9 @@ class Megatron:
             raise ValueError(
                 f"engine=megatron serves models of text, not {type(model).__name__}: take engine=fsdp"
             )
-        refuse(model, tp.size())
+        refuse(model, tp.size(), native=self.native)
         if self.distributed:
             needs_cuda(mesh.device_type)
-        if self.native and model.mix is not None:
-            raise ValueError(
-                "engine.native is true, and model.predecessor, which Megatron's GPTModel does not know: set "
-                "one of them to false"
-            )
         context = mesh["ring"].size() * mesh["head"].size()
         initialize(mesh, context)
         self.names, table, layers, head, self.made = parts_of(model, tp, context)
@@ -201,9 +196,14 @@ def _whole_gradient(x: Tensor) -> Tensor:
     return same
 
 
-def refuse(model: GPT, tp: int) -> None:
-    """ValueError for what megatron-core's layers cannot be."""
+def refuse(model: GPT, tp: int, *, native: bool = False) -> None:
+    """ValueError for what megatron-core's layers, or its own checkpoints (native), cannot be."""
     check(model, tp)
+    if native and model.mix is not None:
+        raise ValueError(
+            "engine.native is true, and model.predecessor, which Megatron's GPTModel does not know: set "
+            "one of them to false"
+        )
     if model.embed.weight.dtype != torch.float32:
         raise ValueError(
             "memory.weights is bfloat16; with engine=megatron it must be float32: take engine=fsdp"
