@@ -85,6 +85,8 @@ def test_files_of_a_folder_are_chosen_by_name(tmp_path: Path) -> None:
     assert text(tmp_path, tmp_path / ".cache", files="[ad].*").describe()["records"] == 2
     with pytest.raises(ValueError, match=r"holds no file whose name matches data.files='\*.rst'"):
         find(tmp_path, files="*.rst")
+    with pytest.raises(ValueError, match=r"data.files=\['a.md'\] must be a pattern of names"):
+        text(tmp_path, tmp_path / ".cache", files=["a.md"])
 
 
 def test_above_the_budget_the_run_stops_with_the_list(tmp_path: Path) -> None:

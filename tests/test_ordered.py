@@ -1,6 +1,8 @@
 """Windows side by side and masks brick by brick: by hand, what is refused, other grids, and coverage."""
 
+from collections import Counter
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from longspan.kernels.attention import attention
 from longspan.kernels.cells import held
 from longspan.kernels.heads import PerHead
-from longspan.kernels.layers import PerLayer, layered
+from longspan.kernels.layers import PerLayer, _at_layers, layered
 from longspan.kernels.lower import lower, visible
 from longspan.kernels.mask import Causal, Documents, Full, Mask, Window
 from longspan.kernels.neighborhood import brick_order, row_major
@@ -20,6 +22,7 @@ from longspan.kernels.steps import steps
 from longspan.kernels.tile import area, classify, needed, pairs
 from longspan.models.grids import check_grid, on_grid, regridded
 from patterns import line
+from test_layers import composed, sees_all
 
 GRID, BRICK = (4, 6, 5), (2, 3, 2)
 WHOLE = (Span(0, 120),)
@@ -124,6 +127,29 @@ def test_blocks_of_bricks_that_do_not_cover_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         layered(mask, layers, kv_heads)
+
+
+def test_what_is_taken_is_seen_in_any_composition() -> None:
+    """And all that is seen is taken, where there is one order."""
+    turn, grid, found = Random(3), (6, 12), Counter[tuple[bool, bool]]()
+
+    def bricked(brick: tuple[int, int]) -> Mask:
+        return BrickByBrick(composed(turn, 1), grid, brick)
+
+    for i in range(160):
+        alone = i % 2 == 0
+        a, b = bricked((2, 3)), bricked((2, 3) if alone else (3, 4))
+        mask = (a, a & b, a | b, PerHead((a, b)), a.heads((0, 1), 2), PerLayer(a, b, 2), a & Full())[i % 7]
+        if not alone and i % 3 == 0:
+            mask = PerLayer(mask, composed(turn, 1), 2) if i % 7 != 4 else mask
+        try:
+            taken = len(layered(mask, 2, 2)) == 2
+        except ValueError:
+            taken = False
+        seen = sees_all(_at_layers(mask, 2, 2))
+        assert seen == taken if alone else seen or not taken, mask
+        found[alone, taken] += 1
+    assert len(found) == 4 and min(found.values()) > 5
 
 
 def test_pairs_are_those_of_the_tokens_in_order() -> None:

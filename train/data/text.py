@@ -52,6 +52,8 @@ class Text(Packed):
     ) -> None:
         plan = Plan(context, seed, held_out, pack=pack)
         fraction("data.bad_budget", bad_budget, ends=True)
+        if not isinstance(files, str):
+            raise ValueError(f"data.files={files!r} must be a pattern of names, such as '*.md'")
         ids = make(tokenizer)
         if switch("data.end_of_document", end_of_document) and ids.end is None:
             raise ValueError(
