@@ -76,7 +76,13 @@ def installed() -> str | None:
         return f"{missing()}, and no apt-get to install {' and '.join(PACKAGES)}"
     env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for words in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *PACKAGES]):
-        done = subprocess.run(["apt-get", *words], env=env, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(
+                ["apt-get", "-o", "Acquire::http::Timeout=30", *words],
+                env=env, capture_output=True, text=True, check=False, timeout=300,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"apt-get {words[0]} took more than 300 s"
         if done.returncode:
             return f"apt-get {words[0]} failed: {' '.join(done.stderr.split())[-300:]}"
     return missing()

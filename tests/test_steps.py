@@ -161,3 +161,12 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest
     assert found["rows"][0]["model"] == "image" and found["rows"][0]["seconds"] > 0
     with pytest.raises(SystemExit, match="is in none of: image; Llama"):
         steps.main(["--device", "cpu", "--case", "nothing", "--out", str(tmp_path)])
+
+
+def test_the_presets_are_those_of_the_configs() -> None:
+    """Where the benchmark runs there may be no Hydra, so it says them again."""
+    hydra, utils = pytest.importorskip("hydra"), pytest.importorskip("hydra.utils")
+    with hydra.initialize_config_module("longspan.conf", version_base="1.3"):
+        for name, preset in steps.PRESETS.items():
+            words = ["experiment=tiny", "parallel=single", f"memory={name}"]
+            assert utils.instantiate(hydra.compose("train", overrides=words).memory) == preset
