@@ -205,6 +205,7 @@ def run_megatron(rank: int, cases: list[Megatron]) -> list[tuple[float, float]]:
 
 
 @has_megatron
+@pytest.mark.slow
 def test_megatron_on_two_ranks() -> None:
     # ranks of its own: Megatron's groups are many and stay
     for errors in run(2, run_megatron, MEGATRON):

@@ -18,8 +18,13 @@ from longspan.train.data.text import Text
 from longspan.train.job import Launch
 from longspan.train.tokenize import Tokenizing, tokenize
 
-megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
 WORDS = ["sun", "moon", "star", "sea", "wind", "rain", "snow", "leaf", "root", "stone"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def megatron() -> Any:
+    """Imported when the first test begins: it takes seconds, also of those who only collect."""
+    return pytest.importorskip("megatron.core.datasets.indexed_dataset")
 
 
 def texts(folder: Path, documents: int = 40) -> Path:
@@ -43,7 +48,7 @@ def converted(tmp_path: Path) -> tuple[Text, str]:
     return Text(path=folder, context=64, cache=tmp_path / "cache", held_out=0.2), out
 
 
-def test_texts_become_files_that_megatron_reads_and_back(tmp_path: Path) -> None:
+def test_texts_become_files_that_megatron_reads_and_back(megatron: Any, tmp_path: Path) -> None:
     data, out = converted(tmp_path)
     theirs = megatron.IndexedDataset(out)
     assert theirs.index.dtype == np.uint16 and len(theirs) == 40
@@ -91,7 +96,7 @@ def made(tmp_path: Path, rows: list[Ints], vocab: int = 257) -> str:
 ROWS = [np.arange(n, dtype=np.int64) % 200 for n in (5, 0, 40, 7, 90)]
 
 
-def test_several_sequences_are_one_document_and_none_is_none(tmp_path: Path) -> None:
+def test_several_sequences_are_one_document_and_none_is_none(megatron: Any, tmp_path: Path) -> None:
     builder = megatron.IndexedDatasetBuilder(str(tmp_path / "c.bin"), dtype=np.int32)
     for lengths in ([3, 4], [], [5], [1, 1, 1]):
         builder.add_document(np.arange(sum(lengths)), lengths)

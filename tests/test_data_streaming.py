@@ -18,11 +18,15 @@ from longspan.train.data.streaming import Streaming
 from longspan.train.data.tokenizer import Bytes
 from world import RankFailed, Worlds
 
-datasets = pytest.importorskip("datasets")
-pyarrow = pytest.importorskip("pyarrow")
-pytest.importorskip("pyarrow.parquet")
 CONTEXT, HELD = 16, 3
 FILES = (7, 1, 12)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packages() -> None:
+    """Imported when the first test begins: they take seconds, also of those who only collect."""
+    for name in ("datasets", "pyarrow.parquet"):
+        pytest.importorskip(name)
 
 
 def texts() -> list[list[str]]:
@@ -32,12 +36,14 @@ def texts() -> list[list[str]]:
 
 
 def write(folder: Path, kind: str = "jsonl") -> Path:
+    from pyarrow import parquet, table
+
     folder.mkdir()
     for number, documents in enumerate(texts()):
         path = folder / f"{number}.{kind}"
         lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents))
         if kind == "parquet":
-            pyarrow.parquet.write_table(pyarrow.table({"text": documents}), path)
+            parquet.write_table(table({"text": documents}), path)
         elif kind == "jsonl.gz":
             path.write_bytes(gzip.compress(lines.encode()))
         else:
@@ -244,7 +250,7 @@ def test_what_cannot_be_found_or_trained_on_is_told(
     def nothing(*_: Any, **__: Any) -> None:
         raise FileNotFoundError("Dataset 'nobody/nothing' doesn't exist on the Hub")
 
-    monkeypatch.setattr(datasets, "load_dataset_builder", nothing)
+    monkeypatch.setattr("datasets.load_dataset_builder", nothing)
     with pytest.raises(FileNotFoundError, match="data.path='nobody/nothing' is neither a file or a folder"):
         Streaming(path="nobody/nothing", context=CONTEXT)
     monkeypatch.setitem(sys.modules, "datasets", None)

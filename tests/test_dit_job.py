@@ -56,7 +56,7 @@ SLOW = pytest.mark.slow
         pytest.param(3, ("parallel=s2",), marks=SLOW),
         (2, ("parallel=single", "train.micro_batch=2")),
         (2, ("parallel=ring", "engine=fsdp")),
-        (2, ("parallel=single", "train.micro_batch=2", "engine=fsdp")),
+        pytest.param(2, ("parallel=single", "train.micro_batch=2", "engine=fsdp"), marks=SLOW),
     ],
     ids=["ring", "ulysses 3", "usp 4", "s2 3", "dp", "fsdp", "fsdp over dp"],
 )

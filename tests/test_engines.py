@@ -10,13 +10,15 @@ import pytest
 import torch.distributed as dist
 from omegaconf import DictConfig
 
-from jobs import STEPS, Once, assert_same, config, first_batch, gone_on, joined, launch_of, ring
+from jobs import Once, assert_same, config, first_batch, gone_on, joined, launch_of, ring
 from longspan.train.engine.deepspeed import package
 from longspan.train.engine.megatron import initialize
 from longspan.train.job import build
 from world import Worlds
 
-SHARDED = ("engine=fsdp",)
+TEN = "train.steps=10"
+ONE = ("parallel=single", "data.pack=true", TEN)
+SHARDED = ("engine=fsdp", TEN)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,7 @@ SHARDED = ("engine=fsdp",)
     ids=["ring", "hsdp", "accumulate", "offload"],
 )  # fmt: skip
 def test_fsdp_trains_as_one_process(once: Once, size: int, overrides: tuple[str, ...]) -> None:
-    assert_same(once(size, *SHARDED, *overrides), once(1, "parallel=single", "data.pack=true"))
+    assert_same(once(size, *SHARDED, *overrides), once(1, *ONE))
 
 
 def reductions(rank: int, cfg: DictConfig) -> tuple[int, int]:
@@ -70,9 +72,9 @@ def test_a_checkpoint_goes_on_under_another_engine(
     world: Worlds, once: Once, data_cache: str, tmp_path: Path,
     before: tuple[int, tuple[str, ...]], after: tuple[int, tuple[str, ...]],
 ) -> None:  # fmt: skip
-    started, then = ((n, config(data_cache, *o)) for n, o in (before, after))
+    started, then = ((n, config(data_cache, TEN, *o)) for n, o in (before, after))
     ran = gone_on(world, tmp_path / "checkpoints", started, then)
-    assert_same(ran, once(1, "parallel=single", "data.pack=true"), since=STEPS // 2)
+    assert_same(ran, once(1, *ONE), since=5)
 
 
 @pytest.mark.parametrize(

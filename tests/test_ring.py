@@ -52,7 +52,7 @@ def both_ways_errors(rank: int, size: int, cells: list[Cell]) -> list[Errors]:
     return found
 
 
-@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("size", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_both_ways_round_equal_one_device(world: Worlds, size: int) -> None:
     """What tests/test_matrix.py has not, which takes such rings at every size: 7 tokens, and USP."""
     turns = itertools.cycle(zip(HEADS, (7, 48, 61, 7), strict=True))

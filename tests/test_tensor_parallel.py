@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks.memory import dry
-from jobs import STEPS, Once, assert_same, config, gone_on, launch_of, ring
+from jobs import Once, assert_same, config, gone_on, launch_of, ring
 from longspan.kernels.loss import Rows, likeliest, linear_cross_entropy, token_losses
 from longspan.kernels.mask import Unsupported
 from longspan.launch.dryrun import estimate
@@ -23,6 +23,7 @@ from longspan.train.job import build, processes
 from longspan.train.loop import backward, micro_batches
 from world import Worlds
 
+TEN = "train.steps=10"
 TP = ("engine=fsdp", "parallel.mesh.tp=2")
 RING = (*TP, *ring("zigzag"), "parallel.mesh.ring=2")
 ALONE = ("engine=ddp", "parallel=single")
@@ -32,7 +33,7 @@ ALONE = ("engine=ddp", "parallel=single")
     ("size", "overrides", "model"),
     [
         pytest.param(2, (*TP, "parallel=single"), (), marks=pytest.mark.slow),
-        (4, RING, ("mask=s2", "train.steps=10")),
+        (4, RING, ("mask=s2",)),
         pytest.param(
             4, (*TP, "parallel=single", "parallel.mesh.dp=2", "engine.replicate=true", "train.micro_batch=1"),
             (), marks=pytest.mark.slow,
@@ -43,16 +44,17 @@ ALONE = ("engine=ddp", "parallel=single")
 def test_layers_that_ranks_share_train_as_one_process(
     once: Once, size: int, overrides: tuple[str, ...], model: tuple[str, ...]
 ) -> None:
-    assert_same(once(size, *overrides, *model), once(1, "parallel=single", "data.pack=true", *model))
+    one = once(1, "parallel=single", "data.pack=true", TEN, *model)
+    assert_same(once(size, *overrides, TEN, *model), one)
 
 
 @pytest.mark.slow
 def test_a_checkpoint_goes_on_with_other_ranks(
     world: Worlds, once: Once, data_cache: str, tmp_path: Path
 ) -> None:
-    then = config(data_cache, *TP, "parallel=single")
-    ran = gone_on(world, tmp_path / "checkpoints", (4, config(data_cache, *RING)), (2, then))
-    assert_same(ran, once(1, "parallel=single", "data.pack=true"), since=STEPS // 2)
+    then = config(data_cache, TEN, *TP, "parallel=single")
+    ran = gone_on(world, tmp_path / "checkpoints", (4, config(data_cache, TEN, *RING)), (2, then))
+    assert_same(ran, once(1, "parallel=single", "data.pack=true", TEN), since=5)
 
 
 def second_step(rank: int, cfg: DictConfig) -> tuple[float, dict[str, Tensor]]:

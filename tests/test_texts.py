@@ -138,7 +138,7 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["mmdit", pytest.param("vdit", marks=pytest.mark.slow)])
 def test_a_job_with_texts_trains_and_is_sampled(name: str, world: Worlds, tmp_path: Path) -> None:
     path = write(tmp_path / "latents", 1e3)
     if name == "vdit":

@@ -52,6 +52,7 @@ SETTINGS = {"mixed": ("parallel.layout.every=2", "parallel.layout.most.block=16"
 MORE = {
     (2, "contiguous", "unpacked"), (4, "contiguous", "unpacked"), (3, "zigzag", "unpacked"),
     (4, "zigzag", "unpacked"), (3, "contiguous", "packed"), (4, "contiguous", "packed"),
+    (3, "zigzag", "packed"),
 }  # fmt: skip
 CELLS = [
     pytest.param(
