@@ -186,6 +186,17 @@ def gpu_tests(tree: Path) -> Iterator[str]:
                 yield f"tests/{path.name} imports {name}"
 
 
+def bare_tests(tree: Path) -> Iterator[str]:
+    """Tests of a module that knows no Hydra can be collected where there is none."""
+    modules = {path.stem for room in ("kernels", "parallel", "models") for path in (tree / room).glob("*.py")}
+    for path in sorted((tree / "tests").glob("test_*.py")):
+        if path.stem.removeprefix("test_") in modules:
+            top = [x for x in ast.parse(path.read_text()).body if isinstance(x, ast.Import | ast.ImportFrom)]
+            for name, _ in imports(path.name, ast.Module(top, [])):
+                if name.split(".")[0] in {"hydra", "omegaconf"}:
+                    yield f"tests/{path.name} imports {name}"
+
+
 def targets(tree: Path) -> Iterator[str]:
     """Every `_target_` in a yaml is ours, or an optimizer of torch's, and exists."""
     for path in sorted((tree / "conf").rglob("*.yaml")):
@@ -231,7 +242,7 @@ def pages(tree: Path) -> Iterator[str]:
 
 RULES: list[Rule] = [
     *(folders, no_init, packages, arrows, relative, guests, circles, no_utils, environment, length),
-    *(gpu_tests, targets, commands, pages),
+    *(gpu_tests, bare_tests, targets, commands, pages),
 ]
 
 BREACHES: list[tuple[Rule, dict[str, str], str]] = [
@@ -262,6 +273,11 @@ BREACHES: list[tuple[Rule, dict[str, str], str]] = [
     (length, {"tests/x.py": "\n" * (LONGEST + 1)}, "tests/x.py has 401 lines, more than 400"),
     (gpu_tests, {"tests/test_x.py": f"import hydra  # {GPU_MARK}"}, "tests/test_x.py imports hydra"),
     (gpu_tests, {"tests/test_x.py": f"import longspan.train  # {GPU_MARK}"}, "imports longspan.train"),
+    (
+        bare_tests,
+        {"models/x.py": "", "tests/test_x.py": "from hydra import compose"},
+        "test_x.py imports hydra",
+    ),
     (targets, {"conf/a/x.yaml": "layout: {_target_: os.system}"}, "conf/a/x.yaml: os.system is not ours"),
     (targets, {"conf/x.yaml": "a: [{_target_: longspan.none.X}]"}, "longspan.none.X: No module named"),
     (targets, {"conf/x.yaml": "_target_: longspan.conf.X"}, "conf/x.yaml: longspan.conf.X does not exist"),

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_module
 from torch import Tensor, nn
 
+from confs import composed
+from confs import made as built
 from diffusion import Case, dense, errors, filled, given, made
 from longspan.kernels.layers import PerLayer
 from longspan.kernels.mask import Full, Mask
@@ -20,8 +21,6 @@ from longspan.models.dit import DiT
 from longspan.models.patch import patchify, places, unpatchify
 from longspan.models.rope import GridRope
 from longspan.parallel.single import Single
-from longspan.train.config import made as built
-from longspan.train.config import typed
 from longspan.train.data.clip import Traits
 from world import Worlds
 
@@ -35,9 +34,7 @@ PUBLISHED = [
 
 def model_of(*overrides: str) -> Any:
     """The model of a config, alone."""
-    with initialize_config_module("longspan.conf", version_base="1.3"):
-        cfg = typed(compose("train", overrides=list(overrides)))
-    return built(cfg.model)()
+    return built(composed(*overrides).model)()
 
 
 def parameters(model: nn.Module) -> int:
@@ -73,8 +70,7 @@ def test_the_models_of_the_experiments_have_their_sizes() -> None:
     window = ["mask=neighborhood", "mask.grid=[21,45,80]", "mask.window=[9,25,40]", "mask.stride=[3,5,8]"]
     for name, count in sizes.items():
         more = window if name == "vdit_1b_720p" else []
-        with initialize_config_module("longspan.conf", version_base="1.3"):
-            cfg = typed(compose("train", overrides=[f"experiment={name}", *more]))
+        cfg = composed(f"experiment={name}", *more)
         with torch.device("meta"):
             model = built(cfg.model)(mask=built(cfg.mask))
         assert parameters(model) == count

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_module
 from torch import Tensor
 
+from confs import composed, made
 from longspan.kernels.mask import Causal, Mask, Window
 from longspan.models.block import Attend
 from longspan.models.gpt import GPT
@@ -16,7 +16,6 @@ from longspan.models.rope import Rope, rotate
 from longspan.parallel.placement import contiguous
 from longspan.parallel.single import Single
 from longspan.train.batch import bind
-from longspan.train.config import made, typed
 
 LENGTH, VOCAB = 23, 19
 
@@ -58,10 +57,8 @@ def tokens(rows: int = 2) -> tuple[Tensor, Tensor]:
 def test_published_models_have_their_published_sizes(
     name: str, count: int, head_dim: int, kv_heads: int
 ) -> None:
-    with initialize_config_module("longspan.conf", version_base="1.3"):
-        cfg = typed(compose("train", overrides=[f"model={name}"]))
     with torch.device("meta"):
-        model = made(cfg.model)(mask=Causal())
+        model = made(composed(f"model={name}").model)(mask=Causal())
     assert sum(p.numel() for p in model.parameters()) == count
     assert (model.head_dim, model.kv_heads) == (head_dim, kv_heads)
     assert model.masks[0] == (Window(4095, 0) if name == "mistral_7b" else Causal())

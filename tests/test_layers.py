@@ -6,9 +6,8 @@ from random import Random
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from hydra.utils import instantiate
 
+import confs
 from longspan.kernels.heads import Heads, PerHead
 from longspan.kernels.layers import PerLayer, _at_layers, layered
 from longspan.kernels.lower import lower, visible
@@ -164,16 +163,15 @@ def test_layers_and_heads_that_cannot_be_are_refused() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "mask").glob("*.yaml")), ids=lambda p: p.stem)
 def test_presets_serve_small_and_large_models(path: Path) -> None:
-    with initialize_config_module("longspan.conf", version_base="1.3"):
-        node = compose("train", overrides=[f"mask={path.stem}"]).mask
-    mask = instantiate(node)
-    assert isinstance(mask, Mask) and hash(mask) == hash(instantiate(node))
+    node = confs.composed(f"mask={path.stem}").mask
+    mask = confs.made(node)
+    assert isinstance(mask, Mask) and hash(mask) == hash(confs.made(node))
     for kv_heads, layers in ((2, 2), (8, 16), (8, 32)):
         assert len(layered(mask, layers, kv_heads)) == layers
 
 
 def test_masks_take_lists_as_a_config_gives_them() -> None:
-    made = instantiate(
+    made = pytest.importorskip("hydra.utils").instantiate(
         {
             "_target_": "longspan.kernels.heads.PerHead",
             "_convert_": "all",

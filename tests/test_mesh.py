@@ -6,15 +6,12 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from omegaconf import OmegaConf
 
 from cells import meshed, patient
 from longspan.parallel.mesh import Degree, Heads, Mesh, joined, patience
 from longspan.parallel.ring import Ring
 from longspan.parallel.ulysses import Ulysses
-from longspan.train import job
 from longspan.train.agree import Ranks
-from longspan.train.job import Launch
 from world import ORPHAN, Worlds
 
 AXES = ("dp", "ring", "head", "tp")
@@ -99,6 +96,9 @@ def test_bad_input_is_refused() -> None:
     ],
 )
 def test_the_node_is_what_torchrun_or_else_slurm_says(env: dict[str, str], node: int) -> None:
+    pytest.importorskip("omegaconf")
+    from longspan.train.job import Launch
+
     assert Launch.of({"WORLD_SIZE": "16"} | env).local_world == node
 
 
@@ -150,6 +150,10 @@ def test_every_group_waits_as_long_as_that_of_all(world: Worlds) -> None:
 
 def prepared(rank: int) -> tuple[list[str], str]:
     """Whose data was opened where, when the first rank takes longer to prepare it than a step may wait."""
+    from omegaconf import OmegaConf
+
+    from longspan.train import job
+
     opened: list[str] = []
 
     def slow(_: Any) -> str:
@@ -160,10 +164,11 @@ def prepared(rank: int) -> tuple[list[str], str]:
 
     with patient(1), pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "made", slow)
-        data = job.open_data(OmegaConf.create({"data": {}}), Launch(rank, 2, rank, 2), Ranks())
+        data = job.open_data(OmegaConf.create({"data": {}}), job.Launch(rank, 2, rank, 2), Ranks())
     return opened, data
 
 
 def test_a_first_tokenization_may_take_longer_than_a_step(world: Worlds) -> None:
+    pytest.importorskip("omegaconf")
     twice = ["opened"] * 2
     assert world(2)(prepared) == [(twice, "data of 0"), (twice[1:], "data of 1")]
