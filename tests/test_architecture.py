@@ -191,7 +191,8 @@ def bare_tests(tree: Path) -> Iterator[str]:
     modules = {path.stem for room in ("kernels", "parallel", "models") for path in (tree / room).glob("*.py")}
     for path in sorted((tree / "tests").glob("test_*.py")):
         if path.stem.removeprefix("test_") in modules:
-            top = [x for x in ast.parse(path.read_text()).body if isinstance(x, ast.Import | ast.ImportFrom)]
+            body = ast.parse(path.read_text()).body
+            top: list[ast.stmt] = [x for x in body if isinstance(x, ast.Import | ast.ImportFrom)]
             for name, _ in imports(path.name, ast.Module(top, [])):
                 if name.split(".")[0] in {"hydra", "omegaconf"}:
                     yield f"tests/{path.name} imports {name}"
