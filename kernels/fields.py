@@ -60,6 +60,21 @@ def integers(mask: object, name: str, low: int, high: int = UNLIMITED - 1) -> tu
     return found
 
 
+def per_axis(mask: object, name: str, axes: int, low: int | None = None) -> None:
+    """Make the field a tuple of one integer an axis, given so or as one for all; ValueError unless it holds
+    such integers, of at least `low`.
+    """
+    value = getattr(mask, name)
+    given = tuple(value) if isinstance(value, Iterable) else (value,) * axes
+    found = tuple(x for x in map(integer, given) if x is not None and (low is None or x >= low))
+    if len(given) != axes or len(found) != axes:
+        kind = "an integer" if low is None else f"an integer of at least {low}"
+        raise ValueError(
+            f"{type(mask).__name__}.{name} is {given}; it must be {kind}, or one for each of {axes} axes"
+        )
+    object.__setattr__(mask, name, found)
+
+
 def starts(mask: object, name: str, row: Any) -> tuple[int, ...]:
     """One row of the field as a tuple; ValueError unless it holds sorted integers, the first 0."""
     given = tuple(row) if isinstance(row, Iterable) else (row,)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .fields import UNLIMITED, integer, integers, require, within
+from .fields import UNLIMITED, integer, integers, per_axis, require, within
 from .heads import Composed, both
 from .jit import jit
 from .mask import Frame, Leaf, Mask, Range, Tree
@@ -159,17 +159,15 @@ class Neighborhood(Composed):
             raise ValueError(
                 f"Neighborhood.grid is {grid}; it must have 1 to 3 axes and fewer than {UNLIMITED} positions"
             )
-        for name in ("window", "dilation", "stride", "causal"):
-            value = getattr(self, name)
-            value = tuple(value) if isinstance(value, Iterable) else (value,) * len(grid)
-            kind = bool if name == "causal" else int
-            found = tuple(value) if kind is bool else tuple(map(integer, value))
-            if len(value) != len(grid) or any(type(x) is not kind for x in found):
-                words = "true or false" if kind is bool else "an integer"
-                raise ValueError(
-                    f"Neighborhood.{name} is {value}; it must be {words}, or one for each of {len(grid)} axes"
-                )
-            object.__setattr__(self, name, found)
+        for name in ("window", "dilation", "stride"):
+            per_axis(self, name, len(grid))
+        causal = tuple(self.causal) if isinstance(self.causal, Iterable) else (self.causal,) * len(grid)
+        if len(causal) != len(grid) or any(type(x) is not bool for x in causal):
+            raise ValueError(
+                f"Neighborhood.causal is {causal}; it must be true or false, or one for each of {len(grid)} "
+                "axes"
+            )
+        object.__setattr__(self, "causal", causal)
         for axis in self.axes():
             axis.check()
 

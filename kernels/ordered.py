@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .concrete import concrete
-from .fields import UNLIMITED, integer, within
+from .fields import UNLIMITED, integer, per_axis, within
 from .heads import Composed, both
 from .jit import jit
 from .mask import Bound, Frame, Leaf, Mask, Range, Tree
@@ -82,14 +82,7 @@ class Windows(Composed):
     def __post_init__(self) -> None:
         _grid(self)
         for name in ("window", "shift"):
-            value = getattr(self, name)
-            value = tuple(value) if isinstance(value, Iterable) else (value,) * len(self.grid)
-            if len(value) != len(self.grid) or any(integer(x) is None for x in value):
-                raise ValueError(
-                    f"Windows.{name} is {value}; it must be an integer, or one for each of {len(self.grid)} "
-                    "axes"
-                )
-            object.__setattr__(self, name, tuple(map(integer, value)))
+            per_axis(self, name, len(self.grid))
         for axis in self.axes():
             if not 0 <= axis.shift < axis.window <= axis.size:
                 raise ValueError(
@@ -136,15 +129,7 @@ class BrickByBrick(Mask):
                 f"BrickByBrick.inner is {self.inner!r}; it must be a mask that is bound to no heads"
             )
         _grid(self)
-        brick: Any = self.brick
-        brick = tuple(brick) if isinstance(brick, Iterable) else (brick,) * len(self.grid)
-        found = tuple(map(integer, brick))
-        if len(found) != len(self.grid) or any(x is None or x < 1 for x in found):
-            raise ValueError(
-                f"BrickByBrick.brick is {brick}; it must be an integer of at least 1, or one for each of "
-                f"{len(self.grid)} axes"
-            )
-        object.__setattr__(self, "brick", found)
+        per_axis(self, "brick", len(self.grid), low=1)
 
     @property
     def per_head(self) -> bool:  # type: ignore[override]

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import steps
 from benchmarks.steps import Bench, Case, Row
+from confs import composed, made
 from longspan.kernels.mask import Mask
 from longspan.kernels.neighborhood import Neighborhood
 from longspan.models.dit import DiT
@@ -165,8 +166,5 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest
 
 def test_the_presets_are_those_of_the_configs() -> None:
     """Where the benchmark runs there may be no Hydra, so it says them again."""
-    hydra, utils = pytest.importorskip("hydra"), pytest.importorskip("hydra.utils")
-    with hydra.initialize_config_module("longspan.conf", version_base="1.3"):
-        for name, preset in steps.PRESETS.items():
-            words = ["experiment=tiny", "parallel=single", f"memory={name}"]
-            assert utils.instantiate(hydra.compose("train", overrides=words).memory) == preset
+    for name, preset in steps.PRESETS.items():
+        assert made(composed("experiment=tiny", "parallel=single", f"memory={name}").memory) == preset
