@@ -6,6 +6,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain
 from pathlib import Path
@@ -48,7 +49,13 @@ def modules(tree: Path) -> Iterator[tuple[str, ast.Module]]:
     """Every file of the package by its path below `tree`, parsed."""
     for room in ROOMS:
         for path in sorted((tree / room).rglob("*.py")):
-            yield path.relative_to(tree).as_posix(), ast.parse(path.read_text())
+            yield path.relative_to(tree).as_posix(), syntax(path.read_text())
+
+
+@cache
+def syntax(source: str) -> ast.Module:
+    """Kept, since every rule reads the whole tree."""
+    return ast.parse(source)
 
 
 def dotted(path: str) -> str:
@@ -180,7 +187,7 @@ def gpu_tests(tree: Path) -> Iterator[str]:
     for path in sorted((tree / "tests").glob("test_*.py")):
         if GPU_MARK not in (text := path.read_text()):
             continue
-        for name, _ in imports(path.name, ast.parse(text)):
+        for name, _ in imports(path.name, syntax(text)):
             known = name.split(".")[0] in GPU_GUESTS | sys.stdlib_module_names
             if not known and not name.startswith(GPU_ROOMS):
                 yield f"tests/{path.name} imports {name}"
@@ -191,7 +198,7 @@ def bare_tests(tree: Path) -> Iterator[str]:
     modules = {path.stem for room in ("kernels", "parallel", "models") for path in (tree / room).glob("*.py")}
     for path in sorted((tree / "tests").glob("test_*.py")):
         if path.stem.removeprefix("test_") in modules:
-            body = ast.parse(path.read_text()).body
+            body = syntax(path.read_text()).body
             top: list[ast.stmt] = [x for x in body if isinstance(x, ast.Import | ast.ImportFrom)]
             for name, _ in imports(path.name, ast.Module(top, [])):
                 if name.split(".")[0] in {"hydra", "omegaconf"}:
