@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
+from threading import enumerate as threads_alive
 from types import SimpleNamespace
 from typing import Any
 
@@ -216,8 +217,11 @@ class Fake:
 
 
 @pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """offline(fake, ...) is a tracker that talks to that fake."""
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """offline(fake, ...) is a tracker that talks to that fake. Its thread ends with the test, even where
+    `finish` has given it up: else it may import the real wandb over the next test's fake.
+    """
+    before = set(threads_alive())
 
     def build(fake: Fake, **more: Any) -> Wandb:
         monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -225,7 +229,10 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         given: dict[str, Any] = dict(mode="offline", project="p", entity=None, group=None, tags=[], name="n")
         return Wandb(**given | dict(run_dir=tmp_path, config={}, resume=False, env=home) | more)
 
-    return build
+    yield build
+    for thread in set(threads_alive()) - before:
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("where", ["init", "log"])

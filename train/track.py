@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from threading import Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
@@ -300,6 +300,11 @@ class Wandb:
         if hangs:
             self._warned = True
             _kill_service()
+            # should it ever go on, it ends: what waits is counted as lost
+            with suppress(Empty):
+                while True:
+                    self._records.get_nowait()
+            self._records.put_nowait(None)
         if hangs or self.dropped:
             end = f"did not end within {timeout:g} s" if hangs else "has ended"
             lost = f"lost {self.dropped} of {self._offered} records"
