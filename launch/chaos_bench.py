@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from ..train.track import Metrics
+from ..train.metrics import Metrics
 from . import node
 from .chaos_rank import END, Strike
 from .chaos_row import Row, shortened

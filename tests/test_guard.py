@@ -16,8 +16,8 @@ from longspan.train.config import ConfigError
 from longspan.train.guard import Faults, Guard
 from longspan.train.job import build
 from longspan.train.loop import Loop, State
+from longspan.train.metrics import Metrics
 from longspan.train.preempt import Preempt
-from longspan.train.track import Metrics
 from test_oracles import needs
 from world import Worlds
 

@@ -35,9 +35,9 @@ from longspan.train.checkpoint import Checkpoints
 from longspan.train.guard import Diverged
 from longspan.train.job import build, processes
 from longspan.train.loop import Loop, State
+from longspan.train.metrics import Metrics
 from longspan.train.preempt import EXIT_PREEMPTED, Preempt
 from longspan.train.record import Record
-from longspan.train.track import Metrics
 from world import RankFailed, Worlds
 
 

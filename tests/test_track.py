@@ -21,9 +21,10 @@ from omegaconf import OmegaConf
 
 from longspan.train.lines import Lines
 from longspan.train.login import choose_mode
+from longspan.train.metrics import Metrics
 from longspan.train.progress import Progress
 from longspan.train.record import EVENTS, Record, sweep_of
-from longspan.train.track import Metrics, Nothing, Wandb
+from longspan.train.track import Nothing, Wandb
 
 CONF = Path(__file__).parent.parent / "conf" / "track"
 

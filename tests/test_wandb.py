@@ -13,7 +13,7 @@ import pytest
 import torch
 from matplotlib.image import imsave
 
-from longspan.train.track import Metrics
+from longspan.train.metrics import Metrics
 from longspan.train.wandb_file import last_step, records
 
 
@@ -24,7 +24,8 @@ def items(found: Any) -> dict[str, Any]:
 JOBS = """
 import math, os, signal, sys, time
 from pathlib import Path
-from longspan.train.track import Metrics, Wandb
+from longspan.train.metrics import Metrics
+from longspan.train.track import Wandb
 
 def track(name, resume=False, **more):
     (folder := Path(name)).mkdir(exist_ok=resume)

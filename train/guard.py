@@ -11,7 +11,7 @@ import torch.distributed as dist
 from .agree import highest
 from .data.sample import Sourced
 from .lines import append
-from .track import json_value
+from .metrics import json_value
 
 Kind = Literal["nonfinite", "spike"]
 Policy = Literal["stop", "skip", "rewind"]

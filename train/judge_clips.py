@@ -18,9 +18,9 @@ from .drawing import check_sampling, denoise_of, draw
 from .job import Job
 from .loop import Loop
 from .measure import autocast
+from .metrics import Metrics
 from .objective.denoise import Denoise
 from .pictures import loss_curve
-from .track import Metrics
 
 Made = TypeVar("Made")
 Video = Literal["gif", "mp4"]

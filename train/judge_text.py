@@ -11,8 +11,8 @@ from .data.needle import Needle
 from .job import Job
 from .loop import Loop
 from .measure import HeldOut, bounds, held_out_loss, retrieval, text_of
+from .metrics import Metrics
 from .pictures import loss_by_position, loss_curve, needle_map
-from .track import Metrics
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PROBES = 8  # needles at each depth and length

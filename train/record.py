@@ -16,8 +16,9 @@ import yaml
 
 from .config import redacted_argument
 from .lines import Lines, stamped
+from .metrics import Metrics, Value, json_value
 from .progress import Progress
-from .track import Metrics, Tracker, Value, json_value
+from .track import Tracker
 
 VALUES = ("loss", "grad_norm", "lr", "tokens", "valid", "tokens_per_s", "mfu", "step_s", "peak_memory")
 # in some rows. skipped: 1 in a bad step that changed no weight; the others: see `Stragglers.compared`

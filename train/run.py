@@ -21,13 +21,13 @@ from .heartbeat import watched
 from .job import Job, Launch, build, processes, run_folder
 from .loop import Loop, State, resume
 from .meter import parameter_counts
+from .metrics import Metrics
 from .out_of_memory import explained
 from .preempt import EXIT_PREEMPTED, Preempt
 from .progress import Progress
 from .pulse import Pulse
 from .record import Record, open_folder, sweep_of, write_json
 from .report.page import write
-from .track import Metrics
 
 # Bytes of metrics from which on a report takes longer than the end of a run should.
 LARGE = 4 * 2**20

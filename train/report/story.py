@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from ..guard import FAULTS
+from ..metrics import Metrics
 from ..record import EVENTS
-from ..track import Metrics
 
 PICTURES = (".png", ".gif")
 # Drawn here by ourselves, in the colours of the page.
