@@ -2,7 +2,6 @@
 
 import atexit
 import logging
-import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .checkout import git_state
 from .login import Mode, choose_mode
+from .manifest import write_synced
 from .metrics import Value
 from .wandb_file import last_step
 
@@ -289,14 +289,9 @@ def _run_id(path: Path, resume: bool) -> str:
     if resume and path.exists() and (known := path.read_text().strip()):
         return known
     fresh = secrets.token_hex(4)
-    _replace(path, f"{fresh}\n".encode())
+    part = path.with_name(path.name + ".part")
+    # of a run that was killed here
+    part.unlink(missing_ok=True)
+    write_synced(part, f"{fresh}\n".encode())
+    part.replace(path)
     return fresh
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
